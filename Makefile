@@ -1,0 +1,30 @@
+# make workbook: the six notebooks on the embedded model.   make test: all tests.
+# Each makes .venv first when it is missing. PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: workbook test lab report
+
+workbook: .venv/made
+	$(BIN)/python -m jqlib run -f runs/smollm2-135m.yaml
+
+test: .venv/made
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+	$(BIN)/python -m pytest
+	JUPYTER_PREFER_ENV_PATH=1 JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output \
+	  $(BIN)/python -m pytest -p no:warnings --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
+
+lab: .venv/made
+	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab notebooks
+
+report: .venv/made
+	$(BIN)/python -m jqlib report
+
+.venv/made: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24.1"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@

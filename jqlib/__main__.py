@@ -1,0 +1,135 @@
+"""``python -m jqlib run``: the six notebooks headless, by papermill, checked before anything runs."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from jqlib.config import HELP, KINDS, NOTEBOOKS, OPTIONAL, Config, default_of, make_config
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jqlib", description="JointQuant: W4A4 by one joint rotation.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run_parser = commands.add_parser("run", help="run the notebooks on a model")
+    run_parser.add_argument("-f", "--file", type=Path, help="run file: YAML with any of the parameters below")
+    run_parser.add_argument("--only", help="notebooks to run, by number: 02,05")
+    for name in KINDS:
+        _add_flag(run_parser, name)
+    report_parser = commands.add_parser("report", help="the rows of notebook 05 of all models under a folder")
+    report_parser.add_argument("output_dir", type=Path, nargs="?", default=Path(Config.output_dir))
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.command == "report":
+            return report(arguments.output_dir)
+        flags = {name: getattr(arguments, name) for name in KINDS if hasattr(arguments, name)}
+        return run({**read_run_file(arguments.file), **flags}, arguments.only)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(parameters: dict, only: str | None = None) -> int:
+    """Execute the notebooks with these parameters (None: not given); outputs land in the config's folder."""
+    import papermill
+
+    from jqlib.models import get_tokenizer, load_config
+
+    if "output_dir" in parameters:  # relative to where the user stands
+        parameters["output_dir"] = str(Path(parameters["output_dir"]).expanduser().absolute())
+    config = make_config(parameters)
+    notebooks = select_notebooks(only)
+    declared = {path: set(papermill.inspect_notebook(path)) for path in notebooks}
+    load_config(config.model), get_tokenizer(config.model)  # a wrong model fails here
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    given = {"profile": config.profile, "model": config.model} | parameters
+    executed = []
+    for path in notebooks:
+        print(f"{path.stem} -> {config.folder / path.name}", flush=True)
+        start = time.perf_counter()
+        papermill.execute_notebook(
+            path, config.folder / path.name, {k: v for k, v in given.items() if k in declared[path]},
+            kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(),
+        )  # fmt: skip
+        print(f"{path.stem} took {time.perf_counter() - start:.0f} s", flush=True)
+        executed.append(config.folder / path.name)
+    write_html(executed, config.folder / "report.html")
+    print(f"report: {config.folder / 'report.html'}")
+    return 0
+
+
+def select_notebooks(only: str | None) -> list[Path]:
+    """All notebooks, or those whose numbers ``only`` lists (``02,05``)."""
+    every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    numbers = [n.strip().zfill(2) for n in only.split(",")] if only else [path.name[:2] for path in every]
+    if unknown := set(numbers) - {path.name[:2] for path in every}:
+        raise ValueError(f"--only {only}: there is no notebook {min(unknown)}; there are {every[0].name[:2]} to "
+                         f"{every[-1].name[:2]}")  # fmt: skip
+    return [path for path in every if path.name[:2] in numbers]
+
+
+def read_run_file(path: Path | None) -> dict:
+    """The parameters of a run file; names are checked by make_config."""
+    if path is None:
+        return {}
+    if not path.exists():
+        raise FileNotFoundError(f"run file {path} does not exist")
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(content, dict):
+        raise ValueError(f"run file {path} does not hold parameters: expected lines such as 'model: smollm2-135m'")
+    return content
+
+
+def write_html(notebooks: list[Path], to: Path) -> None:
+    """All executed notebooks as one self-contained page, code folded away."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    from jqlib.store import write
+
+    merged = nbformat.read(notebooks[0], as_version=4)
+    merged.cells = [cell for path in notebooks for cell in nbformat.read(path, as_version=4).cells]
+    merged.metadata["title"] = "JointQuant"
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    body, _ = exporter.from_notebook_node(merged)
+    write(to, lambda path: path.write_text(body, encoding="utf-8"))
+
+
+def report(output_dir: Path) -> int:
+    """Print notebook 05's rows of every model under ``output_dir``."""
+    import pandas as pd
+
+    files = sorted(output_dir.glob("*/results/05_w4a4_eval.json"))
+    if not files:
+        raise FileNotFoundError(f"no results/05_w4a4_eval.json under {output_dir}: run `python -m jqlib run` first")
+    rows = [{"model": file.parts[-3]} | row for file in files for row in json.loads(file.read_text())["rows"]]
+    columns = ["model", "method", "w_bits", "a_bits", "ppl", "ppl_low", "ppl_high", "seconds"]
+    print(pd.DataFrame(rows)[columns].to_string(index=False, float_format="%.2f"))
+    return 0
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:
+    default = default_of(name)
+    options = {"dest": name, "default": argparse.SUPPRESS, "help": f"{HELP[name]} ({default})".replace("%", "%%")}
+    if KINDS[name] is bool:  # --use_smooth, --use_smooth False, --no-use_smooth
+        parser.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, **options)
+        parser.add_argument(f"--no-{name}", action="store_false", dest=name, default=argparse.SUPPRESS)
+    elif name in OPTIONAL and KINDS[name] is int:
+        parser.add_argument(f"--{name}", type=lambda text: None if text.lower() == "none" else int(text), **options)
+    else:
+        parser.add_argument(f"--{name}", type=KINDS[name], **options)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return text.lower() == "true"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

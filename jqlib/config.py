@@ -1,0 +1,170 @@
+"""Every setting of the workbook in one place: parameters, presets, recipes and profiles.
+
+A notebook's ``parameters`` cell, a run file and a command-line flag all use the names of `Config`'s fields.
+Where several give a value, a flag beats the profile, the profile beats the model's preset, the preset beats
+the field's default (the specification's).
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Values are checked when it is made; every error names the value and what is allowed."""
+
+    model: str = _setting("meta-llama/Llama-3.2-1B", "hub id, local folder, .gguf file or smollm2-135m")
+    profile: str = _setting("full", "how much work: quick, standard or full")
+    recipe: str = _setting("jointquant", "the method that notebook 05 puts beside the baselines")
+    nsamples: int = _setting(128, "calibration windows")
+    seqlen: int = _setting(2048, "tokens a window, in calibration and in evaluation")
+    max_tokens: int = _setting(2048, "tokens a site that the solvers see")
+    eval_windows: int | None = _setting(None, "windows of the test text; None is all of them")
+    r1_lr: float = _setting(1e-3, "learning rate of solver sgd for R1; the joint solver needs none")
+    r1_epochs: int = _setting(10, "epochs of solver sgd for R1")
+    r2_lr: float = _setting(1e-3, "learning rate of solver sgd for R2")
+    r2_epochs: int = _setting(5, "epochs of solver sgd for R2")
+    solver: str = _setting("mm", "R1's and R2's solver: mm (joint), sgd (DartQuant's) or greedy")
+    objective: str = _setting("whip", "what a rotation minimises: whip, range or kurtosis")
+    init_mode: str = _setting("hadamard", "start of R1 and R2: hadamard, random or identity")
+    use_smooth: bool = _setting(True, "smooth the inputs of o_proj and down_proj")
+    smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
+    w_bits: int = _setting(4, "bits of weights, 2 to 16; 16 leaves them alone")
+    a_bits: int = _setting(4, "bits of activations, 2 to 16; 16 leaves them alone")
+    w_groupsize: int = _setting(128, "weights that share a scale, along the input")
+    calib_dataset: str | None = _setting(None, "wiki, wikitext2, c4, a folder or a text file; None: the model's own")
+    eval_dataset: str | None = _setting(None, "wiki, wikitext2, c4, a folder or a text file; None: the model's own")
+    seed: int = _setting(0, "seed of windows, token samples and starts")
+    device: str = _setting("cpu", "torch device, such as cpu or cuda")
+    dtype: str = _setting("float32", "of the model: float32, bfloat16 or float16")
+    output_dir: str = _setting("./jointquant_output", "where results go; relative to the repository")
+
+    def __post_init__(self):
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            if kind is float and type(value) is int:
+                object.__setattr__(self, name, float(value))
+            elif type(value) is not kind and not (value is None and name in OPTIONAL):
+                raise ValueError(f"{name}={value!r}: expected {kind.__name__}")
+        for name, low, high in LIMITS:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}={value}: expected a value from {low:g} to {high:g}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; there are {', '.join(allowed)}")
+
+    @property
+    def folder(self) -> Path:
+        """Where this model's results go: ``<output_dir>/<model slug>``. ``JOINTQUANT_OUTPUT`` moves output_dir."""
+        output = os.environ.get("JOINTQUANT_OUTPUT", self.output_dir)
+        return ROOT / Path(output).expanduser() / slug(self.model)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: what is done to a model before its weights and activations are rounded."""
+
+    label: str
+    r1: str | None = None  # None, "hadamard" or a solver
+    r2: str | None = None
+    r4: bool = False
+    smooth: tuple[str, ...] = ()  # sites
+    a_clip: float = 1.0
+    o_per_head: bool = False
+
+
+RECIPES = {
+    "rtn": Recipe("RTN"),
+    "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
+    "quarot": Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", True, a_clip=0.9),
+    "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", True, (), 0.9, True),
+    "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", True, (), 0.9, True),
+    "jointquant": Recipe("JointQuant", "mm", "mm", True, ("o", "down"), 0.9, True),
+}
+
+PROFILES = {
+    "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 512, "eval_windows": 4},
+    "standard": {"nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_windows": 8},
+    "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": None},
+}
+
+PRESETS = {
+    "smollm2-135m": {},
+    "meta-llama/Llama-3.2-1B": {},
+    "meta-llama/Meta-Llama-3-8B": {"dtype": "bfloat16"},
+}
+
+HELP = {f.name: f.metadata["help"] for f in fields(Config)}
+KINDS = {f.name: f.type if isinstance(f.type, type) else f.type.__args__[0] for f in fields(Config)}
+OPTIONAL = {f.name for f in fields(Config) if not isinstance(f.type, type)}
+LIMITS = [
+    ("nsamples", 1, 1e6), ("seqlen", 2, 1e6), ("max_tokens", 1, 1e9), ("eval_windows", 1, 1e9),
+    ("r1_lr", 0, 1e9), ("r2_lr", 0, 1e9), ("r1_epochs", 1, 1e6), ("r2_epochs", 1, 1e6), ("smooth_alpha", 0, 1),
+    ("w_bits", 2, 16), ("a_bits", 2, 16), ("w_groupsize", 1, 1e9), ("seed", 0, 2**31),
+]  # fmt: skip
+CHOICES = {
+    "profile": tuple(PROFILES),
+    "recipe": tuple(RECIPES),
+    "solver": ("mm", "sgd", "greedy"),
+    "objective": ("whip", "range", "kurtosis"),
+    "init_mode": ("hadamard", "random", "identity"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
+
+
+def make_config(parameters: Mapping[str, Any]) -> Config:
+    """A Config from parameters, None standing for "not given". Unknown names are refused.
+
+    The profile, then the model's preset, fill in what the parameters leave open.
+    """
+    if unknown := [name for name in parameters if name not in KINDS]:
+        raise ValueError(f"unknown parameter {unknown[0]!r}; there are {', '.join(KINDS)}")
+    given = {name: value for name, value in parameters.items() if value is not None}
+    profile = given.get("profile", Config.profile)
+    if profile not in PROFILES:
+        raise ValueError(f"profile={profile!r} is unknown; there are {', '.join(PROFILES)}")
+    return Config(**(PRESETS.get(given.get("model", Config.model), {}) | PROFILES[profile] | given))
+
+
+def config_of(namespace: Mapping[str, Any]) -> Config:
+    """The Config of a notebook's ``globals()``: the variables of its parameters cell, the rest by default."""
+    return make_config({name: namespace[name] for name in KINDS if name in namespace})
+
+
+def get_llama_1b_config(**parameters) -> Config:
+    """Llama-3.2-1B, profile ``full`` unless another is named."""
+    return make_config({"model": "meta-llama/Llama-3.2-1B"} | parameters)
+
+
+def get_llama_8b_config(**parameters) -> Config:
+    """Llama-3-8B in bfloat16, profile ``full`` unless another is named."""
+    return make_config({"model": "meta-llama/Meta-Llama-3-8B"} | parameters)
+
+
+def get_smollm2_135m_config(**parameters) -> Config:
+    """The embedded model, profile ``quick`` unless another is named."""
+    return make_config({"model": "smollm2-135m", "profile": "quick"} | parameters)
+
+
+def slug(model: str) -> str:
+    """A model's name as a folder's: ``meta-llama/Llama-3.2-1B`` gives ``meta-llama--Llama-3.2-1B``."""
+    path = Path(model).expanduser()
+    name = path.absolute().name if path.exists() or model.startswith((".", "/", "~")) else model.replace("/", "--")
+    return re.sub(r"[^\w.\-]+", "-", name)
+
+
+def default_of(name: str):
+    """A field's default: the specification's."""
+    return next(f.default for f in fields(Config) if f.name == name and f.default is not MISSING)

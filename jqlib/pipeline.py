@@ -1,0 +1,198 @@
+"""The method's steps in order, for a Config and a Recipe: what notebooks and the runner call.
+
+Each step is an artifact (`jqlib.store`): notebooks share it and a rerun reuses it.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from jqlib import models
+from jqlib.activations import Moments, collect_activations
+from jqlib.config import RECIPES, Config, Recipe
+from jqlib.data import get_calibration_data, path_fingerprint
+from jqlib.evaluate import Perplexity, evaluate_perplexity
+from jqlib.joint import train_r1_joint, train_r2_independent
+from jqlib.models import site_targets
+from jqlib.quant import quantize_model
+from jqlib.rotation import fuse_layer_norms, rotate_model
+from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
+from jqlib.store import artifact, peak_rss_bytes
+
+
+def load_model(config: Config):
+    """The FP model of a run, fresh."""
+    return models.get_model(config.model, config.device, getattr(torch, config.dtype))
+
+
+def load_calibration(config: Config) -> Tensor:
+    """The run's calibration windows, (nsamples, seqlen)."""
+    tokenizer = models.get_tokenizer(config.model)
+    return get_calibration_data(tokenizer, config.nsamples, config.seqlen, config.calib_dataset, config.seed)
+
+
+def activations(config: Config, *names: str) -> tuple[dict[str, Tensor], float]:
+    """Token samples of sites of all layers, ``{module name: (max_tokens, features)}``, and the seconds they took."""
+    sites = (*models.R1_SITES, "o")  # one pass gives them all
+
+    def make():
+        model = load_model(config)
+        targets = site_targets(model, *sites)
+        acts = collect_activations(model, load_calibration(config), targets, config.device, config.max_tokens, seed=config.seed)
+        return acts, {"sites": {name: site_targets(model, name) for name in sites}}
+
+    acts, values = artifact(config.folder, "activations", _depends(config, "max_tokens"), make)
+    wanted = {target for name in names for target in values["sites"][name]}
+    return {name: x for name, x in acts.items() if name in wanted}, values["seconds"]
+
+
+def r1(config: Config, solver: str) -> tuple[Tensor, dict]:
+    """R1, (hidden, hidden), by ``"hadamard"`` (no training), ``"mm"``, ``"sgd"`` or ``"greedy"``.
+
+    Beside it: its ``history``, and what training it took (``train_seconds``, ``collect_seconds``).
+    """
+    training = solver != "hadamard"
+
+    def make():
+        acts, collect_seconds = activations(config, *models.R1_SITES)
+        hidden, layers = next(iter(acts.values())).shape[-1], len(acts) // len(models.R1_SITES)
+        history: list[dict] = []
+        R = train_r1_joint(
+            acts, hidden, layers, config.device, config.r1_lr, config.r1_epochs,
+            config.init_mode if training else "hadamard", solver=solver if training else "mm", objective=config.objective,
+            max_steps=None if training else 0, seed=config.seed, history=history,
+        )  # fmt: skip
+        return {"R1": R}, _training(history, collect_seconds if training else 0.0)
+
+    names = ("max_tokens", "objective", *(("init_mode", "r1_lr", "r1_epochs") if training else ()))
+    tensors, values = artifact(config.folder, f"r1-{solver}", _depends(config, *names) | {"solver": solver}, make)
+    return tensors["R1"], values
+
+
+def r2(config: Config, solver: str, smooth_scale: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict]:
+    """R2 of every layer, ``{o_proj name: (kv heads, d, d)}``, on smoothed inputs where scales are given; see `r1`."""
+    training = solver != "hadamard"
+
+    def make():
+        acts, collect_seconds = activations(config, "o")
+        shape = models.load_config(config.model)
+        history: list[dict] = []
+        R = train_r2_independent(
+            acts, shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads,
+            config.device, config.r2_lr, config.r2_epochs, config.init_mode if training else "hadamard",
+            smooth_scale=smooth_scale, solver=solver if training else "mm", objective=config.objective,
+            max_steps=None if training else 0, seed=config.seed, history=history,
+        )  # fmt: skip
+        return R, _training(history, collect_seconds if training else 0.0)
+
+    names = ("max_tokens", "objective", *(("init_mode", "r2_lr", "r2_epochs") if training else ()))
+    alpha = config.smooth_alpha if smooth_scale else None
+    depends = _depends(config, *names) | {"solver": solver, "alpha": alpha}
+    return artifact(config.folder, f"r2-{solver}", depends, make)
+
+
+def smooth_scales(config: Config, sites: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+    """Smoothing scales of these sites at the run's α, and the seconds they took."""
+
+    def make():
+        scales = compute_simple_smooth_scale(
+            load_model(config), load_calibration(config), config.device, config.smooth_alpha, sites=sites
+        )
+        return scales, {}
+
+    return artifact(config.folder, "smooth", _depends(config, "smooth_alpha") | {"sites": sites}, make)
+
+
+def recipe_of(config: Config, name: str | None = None) -> Recipe:
+    """The named recipe (default: the run's own); ``jointquant`` takes its solver and smoothing from the run."""
+    name = name or config.recipe
+    recipe = RECIPES[name]
+    if name == "jointquant":
+        recipe = replace(recipe, r1=config.solver, r2=config.solver, smooth=recipe.smooth if config.use_smooth else ())
+    return recipe
+
+
+def transform(config: Config, recipe: Recipe):
+    """A fresh model, smoothed and rotated by the recipe, still computing what it did before.
+
+    Returns it with the seconds that its calibration took when it was made.
+    """
+    r2_solver = "mm" if recipe.r2 == "greedy" else recipe.r2  # R2 is per layer by nature
+    scales, smoothing = smooth_scales(config, recipe.smooth) if recipe.smooth else (None, {})
+    R1, for_r1 = r1(config, recipe.r1) if recipe.r1 else (None, {})
+    R2, for_r2 = r2(config, r2_solver, scales) if recipe.r2 else (None, {})
+    seconds = smoothing.get("seconds", 0.0) + sum(part.get("train_seconds", 0.0) for part in (for_r1, for_r2))
+    seconds += max(part.get("collect_seconds", 0.0) for part in (for_r1, for_r2))  # one pass serves both
+    model = load_model(config)
+    if recipe.r1 or recipe.r2 or recipe.r4:
+        fuse_layer_norms(model)
+        rotate_model(model, R1, R2, scales, r4=recipe.r4)
+    elif scales:
+        apply_smoothing(model, scales)
+    return model, seconds
+
+
+def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) -> dict:
+    """One row of a table: the perplexity of a recipe at these bits; ``recipe=None`` is the FP model untouched."""
+
+    def make():
+        model, seconds = transform(config, recipe) if recipe else (load_model(config), 0.0)
+        if recipe:
+            quantize_model(model, w_bits, a_bits, config.w_groupsize, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head)
+        ppl = evaluate_perplexity(
+            model, models.get_tokenizer(config.model), config.device,
+            dataset=config.eval_dataset, seqlen=config.seqlen, max_windows=config.eval_windows,
+        )  # fmt: skip
+        return {}, _row(ppl) | {"calibration_seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+
+    names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
+    depends = _depends(config, *names) if recipe is not None else _depends(config)
+    depends |= {name: getattr(config, name) for name in ("eval_windows", "w_groupsize")}
+    depends["eval_dataset"] = path_fingerprint(config.eval_dataset or "default")
+    depends |= {"recipe": vars(recipe) if recipe else None, "w_bits": w_bits, "a_bits": a_bits}
+    values = artifact(config.folder, "evaluation", depends, make)[1]
+    bits = {"weights": "rtn" if w_bits < 16 else "none", "w_bits": w_bits, "a_bits": a_bits, "kv_bits": 16}
+    return bits | {name: value for name, value in values.items() if name != "reused"}
+
+
+def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
+    """The kurtosis of what each linear reads under a recipe (None: of the model as it is), ``{first reader: kurtosis}``."""
+
+    def make():
+        model = transform(config, recipe)[0] if recipe else load_model(config)
+        moments: dict[str, Moments] = {}
+        windows = load_calibration(config)[:2]  # moments settle fast: thousands of tokens times hundreds of channels
+        collect_activations(model, windows, site_targets(model), config.device, 1, raw=True, moments=moments)
+        return {}, {"kurtosis": {name: m.kurtosis for name, m in moments.items()}}
+
+    names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
+    depends = _depends(config, *names) | {"recipe": vars(recipe) if recipe else None}
+    return artifact(config.folder, "kurtosis", depends, make)[1]["kurtosis"]
+
+
+def protocol(config: Config) -> dict:
+    """How the perplexities of a run were measured: goes beside every table."""
+    default = models.get_tokenizer(config.model).default_dataset
+    windows = "all" if config.eval_windows is None else config.eval_windows
+    return {
+        "dataset": config.eval_dataset or default, "split": "test", "seqlen": config.seqlen, "windows": windows,
+        "bos": False, "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
+        "not_quantised": "embeddings, lm_head, KV cache",
+    }  # fmt: skip
+
+
+def _row(ppl: Perplexity) -> dict:
+    return {"ppl": float(ppl), "ppl_low": ppl.low, "ppl_high": ppl.high, "nll": ppl.nll}
+
+
+def _training(history: list[dict], collect_seconds: float) -> dict:
+    return {"history": history, "train_seconds": history[-1]["seconds"], "collect_seconds": collect_seconds}
+
+
+def _depends(config: Config, *names: str) -> dict:
+    """What every artifact depends on, and the named settings besides."""
+    common = ("nsamples", "seqlen", "calib_dataset", "seed", "dtype", "device")
+    depends = {name: getattr(config, name) for name in (*common, *names)}
+    depends["calib_dataset"] = path_fingerprint(config.calib_dataset or "default")
+    return depends | {"model": models.fingerprint(config.model)}

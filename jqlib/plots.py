@@ -1,0 +1,124 @@
+"""The workbook's figures, in one style. Each function takes plain numbers and returns the figure."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jqlib.quant import quantize_activation
+
+STYLE = "jqlib.workbook"
+
+
+def heatmaps(tables: Mapping[str, pd.DataFrame], bar: str, rows: str = "layer") -> Figure:
+    """Tables side by side (rows down, columns across) on one logarithmic colour scale, which ``bar`` names."""
+    low = min(float(t.to_numpy().min()) for t in tables.values())
+    high = max(float(t.to_numpy().max()) for t in tables.values())
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(1, len(tables), figsize=(3.2 * len(tables) + 1, 5), sharey=True, squeeze=False)
+        for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
+            image = axis.imshow(table, aspect="auto", norm=LogNorm(max(low, 1e-6), high))
+            axis.set(title=title, xticks=range(table.shape[1]), xticklabels=table.columns, xlabel=table.columns.name)
+            axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(False)
+        axes[0, 0].set_ylabel(rows)
+        figure.colorbar(image, ax=axes, label=bar)
+        return figure
+
+
+def surfaces(tables: Mapping[str, np.ndarray], tokens: int = 96) -> Figure:
+    """|activation| over token × channel, (tokens, channels) each, on one shared height."""
+    height = max(np.abs(t[:tokens]).max() for t in tables.values())
+    with plt.style.context(STYLE):
+        figure = plt.figure(figsize=(4.6 * len(tables), 4.4))
+        for i, (title, table) in enumerate(tables.items()):
+            axis = figure.add_subplot(1, len(tables), i + 1, projection="3d")
+            z = np.abs(table[:tokens])
+            channel, token = np.meshgrid(np.arange(z.shape[1]), np.arange(z.shape[0]))
+            axis.plot_surface(channel, token, z, cmap="cividis", vmin=0, vmax=height / 2, rcount=96, ccount=192)
+            axis.set(title=title, xlabel="channel", ylabel="token", zlim=(0, height))
+            axis.set_zlabel("|activation|", labelpad=2)
+            axis.set_box_aspect(None, zoom=0.86)
+        return figure
+
+
+def against_gaussian(samples: Mapping[str, np.ndarray]) -> Figure:
+    """Densities of samples, each scaled to unit variance, beside the Gaussian's, on a log axis."""
+    edges = np.linspace(-12, 12, 161)
+    middle = (edges[1:] + edges[:-1]) / 2
+    with plt.style.context(STYLE):
+        figure, axis = plt.subplots(figsize=(7.5, 4))
+        for name, x in samples.items():
+            density, _ = np.histogram(np.clip(x / x.std(), -12, 12), edges, density=True)
+            axis.semilogy(middle, np.where(density > 0, density, np.nan), label=name)
+        axis.semilogy(middle, np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi), "k--", lw=1, label="Gaussian")
+        axis.set(xlabel="value / standard deviation (ends gather what lies beyond)", ylabel="density", ylim=(1e-7, 2))
+        axis.legend()
+        return figure
+
+
+def what_4_bits_sees(tokens: Mapping[str, np.ndarray], bits: int = 4) -> Figure:
+    """One token before and after: its values by channel, and the grid that per-token rounding lays over them."""
+    import torch
+
+    with plt.style.context(STYLE):
+        figure, axes = plt.subplots(1, len(tokens), figsize=(5.2 * len(tokens), 3.8), squeeze=False)
+        for axis, (name, token) in zip(axes[0], tokens.items(), strict=True):
+            rounded = quantize_activation(torch.from_numpy(token.copy())[None], bits)[0].numpy()
+            step = (max(token.max(), 0) - min(token.min(), 0)) / (2**bits - 1)
+            for level in step * (np.arange(2**bits) + np.round(min(token.min(), 0) / step)):
+                axis.axhline(level, color="0.85", lw=0.8, zorder=0)
+            error = ((rounded - token) ** 2).sum() / (token**2).sum()
+            axis.plot(token, ".", ms=3, label="activation")
+            axis.plot(rounded, ".", ms=3, label=f"what {bits} bits see")
+            used = len(np.unique(rounded))
+            axis.set(title=f"{name}\n{used} of {2**bits} levels used, error {error:.2%}", xlabel="channel", ylabel="value")
+            axis.grid(False)
+        axes[0, 0].legend(loc="upper left")
+        return figure
+
+
+def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str, log: bool = True) -> Figure:
+    """One line a name over the layers."""
+    with plt.style.context(STYLE):
+        figure, axis = plt.subplots(figsize=(7.5, 3.8))
+        for name, values in columns.items():
+            axis.plot(range(len(values)), values, marker="o", ms=3, label=name)
+        axis.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(ncol=2)
+        return figure
+
+
+def convergence(histories: Mapping[str, list[dict]], ylabel: str) -> Figure:
+    """Loss against seconds since the call, log time axis, one line a method."""
+    with plt.style.context(STYLE):
+        figure, axis = plt.subplots(figsize=(7.5, 4))
+        for name, history in histories.items():
+            seconds = [max(h["seconds"], 0.02) for h in history]
+            axis.semilogx(seconds, [h["loss"] for h in history], label=name, marker="o", ms=2.5)
+        axis.set(xlabel="seconds since the call (log)", ylabel=ylabel)
+        axis.legend()
+        return figure
+
+
+def intervals(table: pd.DataFrame, label: str, groups: str, xlabel: str = "perplexity (log)", line: float | None = None) -> Figure:
+    """``ppl`` with [``ppl_low``, ``ppl_high``] a row of ``label``, one colour a value of ``groups``; a line at FP."""
+    names = list(dict.fromkeys(table[label]))
+    kinds = list(dict.fromkeys(table[groups]))
+    with plt.style.context(STYLE):
+        figure, axis = plt.subplots(figsize=(8, 0.55 + 0.42 * len(names) + 0.3 * len(kinds)))
+        for i, (kind, rows) in enumerate((k, table[table[groups] == k]) for k in kinds):
+            y = np.array([names.index(n) for n in rows[label]]) + 0.22 * (i - (len(kinds) - 1) / 2)
+            error = [rows.ppl - rows.ppl_low, rows.ppl_high - rows.ppl]
+            axis.errorbar(rows.ppl, y, xerr=error, fmt="o", capsize=3, label=kind)
+        if line:
+            axis.axvline(line, color="k", ls="--", lw=1)
+            axis.text(line, -0.75, " FP", va="center")
+        axis.set(xscale="log", xlabel=xlabel, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -1))
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=len(kinds))
+        return figure

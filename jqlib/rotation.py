@@ -1,0 +1,140 @@
+"""Fusing norms and rotating a model, without changing what it computes.
+
+Everything is merged in float64 and cast back once. R1 and R2 vanish into the weights; R4, a Hadamard
+transform of down_proj's input, runs online.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from jqlib.hadamard import factors, hadamard_transform
+from jqlib.joint import orthogonality_error
+from jqlib.models import done, family_of, head_dim_of, layers_of, sites_of
+from jqlib.smooth import apply_smoothing
+
+ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
+
+
+def fuse_layer_norms(model: nn.Module) -> None:
+    """Move each RMSNorm's gamma into the columns of the linears that read it; gamma becomes 1.
+
+    Tied embeddings are untied first: the head takes the final norm's gamma, the embedding must not.
+    Unlike QuaRot's and DartQuant's code it leaves the embedding's mean alone (an RMSNorm sees it).
+
+    Raises RuntimeError when the model is fused already.
+    """
+    if "fused" in done(model):
+        raise RuntimeError("the norms of this model are fused already: fuse_layer_norms runs once, on a fresh model")
+    family = family_of(model)
+    _untie(model)
+    readers_of = {f"{layer}.{site.norm}": [f"{layer}.{r}" for r in site.readers] for layer, site in sites_of(model) if site.norm}
+    readers_of[family.final_norm] = [family.head]
+    for norm_name, readers in readers_of.items():
+        norm = model.get_submodule(norm_name)
+        for reader in readers:
+            weight = model.get_submodule(reader).weight
+            _merge(weight, lambda rows, gamma=norm.weight.double(): rows * gamma)
+        norm.weight.data = torch.ones_like(norm.weight)
+    done(model).add("fused")
+
+
+def rotate_model(
+    model: nn.Module,
+    R1: Tensor | None,
+    R2: dict[str, Tensor] | None = None,
+    smooth_scale: dict[str, Tensor] | None = None,
+    *,
+    r4: bool = True,
+) -> None:
+    """Smooth, then rotate a fused model: v/o by R2, down_proj's input by R4, the residual stream by R1.
+
+    ``R1``: (hidden, hidden) of `train_r1_joint`; ``R2`` and ``smooth_scale`` as `train_r2_independent` and
+    `compute_simple_smooth_scale` give them. None leaves that step out.
+
+    Raises RuntimeError when norms are not fused or the model is rotated already, ValueError when a matrix has
+    the wrong shape or is not orthogonal.
+    """
+    if "fused" not in done(model):
+        raise RuntimeError("rotate_model needs a model whose norms are fused: call fuse_layer_norms(model) before it")
+    if "rotated" in done(model):
+        raise RuntimeError("this model is rotated already: load it again to rotate it another way")
+    _check_rotations(model, R1, R2)
+    if r4:
+        factors(model.config.intermediate_size)  # raises where no Hadamard matrix has that size
+    if smooth_scale:
+        apply_smoothing(model, smooth_scale)
+    for name, heads in (R2 or {}).items():
+        _rotate_heads(model, name, heads)
+    if r4:
+        _rotate_down(model)
+    if R1 is not None:
+        _rotate_stream(model, R1)
+    done(model).add("rotated")
+
+
+def online_hadamard(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Forward pre-hook: R4 on a linear's input, (..., features)."""
+    return (hadamard_transform(args[0]), *args[1:])
+
+
+def _untie(model: nn.Module) -> None:
+    family = family_of(model)
+    embed, head = model.get_submodule(family.embed), model.get_submodule(family.head)
+    if head.weight.data_ptr() == embed.weight.data_ptr():
+        head.weight = nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False  # or a saved checkpoint reloads with the head overwritten
+
+
+def _merge(weight: nn.Parameter, transform) -> None:
+    """Replace a weight by ``transform`` of its float64 rows, a block of rows at a time."""
+    for rows in weight.data.split(ROWS):
+        rows.copy_(transform(rows.double()))
+
+
+def _rotate_stream(model: nn.Module, R1: Tensor) -> None:
+    family, R = family_of(model), R1.double().to(model.device)
+    sites = sites_of(model)
+    readers = [f"{layer}.{reader}" for layer, site in sites if site.norm for reader in site.readers]
+    for name in [family.embed, family.head, *readers]:
+        _merge(model.get_submodule(name).weight, lambda rows: rows @ R)
+    for layer, _ in layers_of(model):
+        for writer in family.writers:
+            linear = model.get_submodule(f"{layer}.{writer}")
+            linear.weight.data = (R.T @ linear.weight.double()).to(linear.weight.dtype)
+            if linear.bias is not None:
+                linear.bias.data = (linear.bias.double() @ R).to(linear.bias.dtype)
+
+
+def _rotate_heads(model: nn.Module, name: str, heads: Tensor) -> None:
+    """R2 of one layer, (kv, d, d): v_proj's output rows per kv head, o_proj's columns per query head."""
+    layer, site = next((layer, s) for layer, s in sites_of(model, "o") if f"{layer}.{s.readers[0]}" == name)
+    v, o = model.get_submodule(f"{layer}.{site.source}"), model.get_submodule(name)
+    R, d = heads.double().to(v.weight.device), heads.shape[-1]
+    blocks = v.weight.double().view(len(R), d, -1)  # (kv, d, in)
+    v.weight.data = (R.mT @ blocks).flatten(0, 1).to(v.weight.dtype)
+    if v.bias is not None:
+        v.bias.data = (v.bias.double().view(len(R), 1, d) @ R).flatten().to(v.bias.dtype)
+    columns = o.weight.double().view(o.out_features, len(R), -1, d)  # (out, kv, group, d)
+    o.weight.data = torch.einsum("okgd,kde->okge", columns, R).flatten(1).to(o.weight.dtype)
+
+
+def _rotate_down(model: nn.Module) -> None:
+    for layer, site in sites_of(model, "down"):
+        linear = model.get_submodule(f"{layer}.{site.readers[0]}")
+        _merge(linear.weight, hadamard_transform)
+        linear.register_forward_pre_hook(online_hadamard)
+
+
+def _check_rotations(model: nn.Module, R1: Tensor | None, R2: dict[str, Tensor] | None) -> None:
+    config, d = model.config, head_dim_of(model)
+    expected = {"R1": (R1, (config.hidden_size, config.hidden_size))} if R1 is not None else {}
+    names = [f"{layer}.{site.readers[0]}" for layer, site in sites_of(model, "o")]
+    for name, heads in (R2 or {}).items():
+        if name not in names:
+            raise ValueError(f"R2 names {name!r}; expected names such as {names[0]!r}")
+        expected[f"R2 of {name}"] = (heads, (config.num_key_value_heads, d, d))
+    for what, (matrix, shape) in expected.items():
+        if tuple(matrix.shape) != shape:
+            raise ValueError(f"{what} has shape {tuple(matrix.shape)}, expected {shape}")
+        if not (error := orthogonality_error(matrix.double())) < 1e-4:
+            raise ValueError(f"{what} is not orthogonal: the largest entry of |RᵀR − I| is {error:.2g}")

@@ -1,0 +1,86 @@
+"""Smoothing: moving the scale of an activation channel into the weights around it (SmoothQuant, eq. 4).
+
+``o`` and ``down`` sites take their scales from the linear that produces them (v_proj, up_proj), so
+smoothing is free and survives R1. At ``qkv`` and ``ug`` the scale goes into the norm's gamma: that is the
+original SmoothQuant, a baseline for unrotated models.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from jqlib.activations import Moments, collect_activations
+from jqlib.models import done, head_dim_of, site_targets, sites_of
+
+FLOOR = 1e-5
+
+
+def compute_simple_smooth_scale(
+    model: nn.Module,
+    calib_data: Tensor,
+    device: str | torch.device | None = None,
+    alpha: float = 0.5,
+    *,
+    sites: tuple[str, ...] = ("o", "down"),
+    moments: dict[str, Moments] | None = None,
+) -> dict[str, Tensor]:
+    """Scales s_j = max|X_j|^α / max|W_:j|^(1−α) of each site, floor 1e-5: ``{first reader's name: s}``.
+
+    s has one entry an input channel of the site; at ``o`` one a channel of the kv heads, (kv heads · head_dim),
+    the maxima being taken over the query heads of a group. A channel that is always 0 keeps s = 1.
+    ``moments``, when given, are used in place of a pass over ``calib_data``.
+
+    Raises ValueError for α outside [0, 1].
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"smooth_alpha={alpha}: alpha lies between 0 (weights only) and 1 (activations only)")
+    if moments is None:
+        moments = {}
+        collect_activations(model, calib_data, site_targets(model, *sites), device, max_tokens=1, raw=True, moments=moments)
+    scales = {}
+    for layer, site in sites_of(model, *sites):
+        readers = [model.get_submodule(f"{layer}.{reader}") for reader in site.readers]
+        x_max = moments[f"{layer}.{site.readers[0]}"].absmax
+        w_max = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0).float().cpu()
+        if site.source:  # o: the query heads of a group share the channels of their kv head
+            channels = model.get_submodule(f"{layer}.{site.source}").out_features
+            x_max, w_max = (_share(model, v, channels).amax(1).flatten() for v in (x_max, w_max))
+        scale = (x_max**alpha / w_max ** (1 - alpha)).clamp(min=FLOOR)
+        scales[f"{layer}.{site.readers[0]}"] = scale.where((x_max > 0) & (w_max > 0), 1.0)
+    return scales
+
+
+def apply_smoothing(model: nn.Module, scales: dict[str, Tensor]) -> None:
+    """Divide the producers of each site by its scales, multiply the readers' columns: logits stay what they were."""
+    if "smoothed" in done(model):
+        raise RuntimeError("this model is smoothed already: load it again to smooth it with other scales")
+    for layer, site in sites_of(model):
+        name = f"{layer}.{site.readers[0]}"
+        if name not in scales:
+            continue
+        producer = model.get_submodule(f"{layer}.{site.norm or site.source}")
+        scale = scales[name].double().to(producer.weight.device)
+        rows = scale if producer.weight.ndim == 1 else scale[:, None]
+        producer.weight.data = (producer.weight.double() / rows).to(producer.weight.dtype)
+        if getattr(producer, "bias", None) is not None:
+            producer.bias.data = (producer.bias.double() / scale).to(producer.bias.dtype)
+        for reader in site.readers:
+            linear = model.get_submodule(f"{layer}.{reader}")
+            columns = expand_to_heads(model, scale, linear.in_features)
+            linear.weight.data = (linear.weight.double() * columns).to(linear.weight.dtype)
+    done(model).add("smoothed")
+
+
+def _share(model: nn.Module, values: Tensor, channels: int) -> Tensor:
+    """(features,) as (kv heads, query heads of the group, head_dim); where nothing is shared the middle is 1."""
+    if len(values) == channels:
+        return values.view(-1, 1, 1)
+    d = head_dim_of(model)
+    return values.view(channels // d, -1, d)
+
+
+def expand_to_heads(model: nn.Module, scale: Tensor, features: int) -> Tensor:
+    """Scales of the kv channels repeated for the query heads of each group: (features,)."""
+    d = head_dim_of(model)
+    if len(scale) == features:
+        return scale
+    return scale.view(-1, 1, d).expand(-1, features // len(scale), d).flatten()

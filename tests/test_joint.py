@@ -1,0 +1,188 @@
+import logging
+
+import pytest
+import torch
+
+from jqlib.joint import initial_rotation, minimise, orthogonality_error, polar, train_r1_joint
+from jqlib.objectives import OBJECTIVES, get_objective, mean_loss
+
+N, LAYERS = 16, 4
+
+
+def layers(seed: int = 0, tokens: int = 100, n: int = N, count: int = LAYERS) -> dict[str, torch.Tensor]:
+    """Heavy-tailed data with outlier channels, RMS 1 a token, as behind a norm."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.randn(n, generator=generator).exp()
+    acts = {}
+    for i in range(count):
+        x = torch.randn(tokens, n, generator=generator) * scales * (1 + 0.2 * torch.randn(n, generator=generator))
+        acts[f"layer.{i}"] = x / x.square().mean(-1, keepdim=True).sqrt()
+    return acts
+
+
+def loss_of(acts, R, objective: str = "whip") -> float:
+    X = torch.cat(list(acts.values()))
+    return mean_loss(X[None], R[None], get_objective(objective))[0].item()
+
+
+def assert_monotone(history):
+    losses = [row["loss"] for row in history]
+    assert all(after <= before * (1 + 1e-6) for before, after in zip(losses, losses[1:], strict=False)), losses
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("seed", range(3))
+def test_descends_monotonically_on_all_layers(objective, seed):
+    acts, history = layers(seed), []
+    R = train_r1_joint(acts, N, LAYERS, objective=objective, seed=seed, history=history)
+    assert len(history) > 2
+    assert [row["step"] for row in history] == list(range(len(history)))
+    assert_monotone(history)
+    assert history[-1]["loss"] < 0.99 * history[0]["loss"]
+    assert history[-1]["loss"] == pytest.approx(loss_of(acts, R, objective), rel=1e-5)
+    assert max(row["orthogonality"] for row in history) <= 1e-5
+    seconds = [row["seconds"] for row in history]
+    assert seconds == sorted(seconds) and seconds[0] >= 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_monotone_where_early_steps_see_a_sample_of_the_tokens(seed):
+    """Promised is descent on ALL tokens at every step; sampled steps start at 128 tokens a channel."""
+    history = []
+    train_r1_joint(layers(seed, tokens=1000), N, LAYERS, seed=seed, history=history)
+    assert_monotone(history)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ends_below_published_sgd(seed):
+    acts = layers(seed, tokens=1000)
+    joint = train_r1_joint(acts, N, LAYERS, seed=seed)
+    published = train_r1_joint(acts, N, LAYERS, lr=1e-3, epochs=10, solver="sgd", seed=seed)
+    assert loss_of(acts, joint) < loss_of(acts, published) < loss_of(acts, initial_rotation(N, "hadamard", seed))
+
+
+@pytest.mark.parametrize("init_mode", ["hadamard", "random", "identity"])
+@pytest.mark.parametrize("solver", ["mm", "sgd", "greedy"])
+def test_orthogonal_seeded_and_plain(solver, init_mode):
+    arguments = dict(init_mode=init_mode, solver=solver, max_steps=4)
+    R = train_r1_joint(layers(), N, LAYERS, **arguments, seed=5)
+    assert R.shape == (N, N) and R.dtype == torch.float32 and not R.requires_grad
+    assert orthogonality_error(R) <= 1e-5
+    assert torch.equal(R, train_r1_joint(layers(), N, LAYERS, **arguments, seed=5))
+    if init_mode != "identity":
+        assert not torch.equal(R, train_r1_joint(layers(), N, LAYERS, **arguments, seed=6))
+
+
+@pytest.mark.parametrize("solver", ["mm", "sgd", "greedy"])
+@pytest.mark.parametrize("init_mode", ["hadamard", "random", "identity"])
+def test_no_steps_returns_the_start(solver, init_mode):
+    history = []
+    R = train_r1_joint(layers(), N, LAYERS, init_mode=init_mode, solver=solver, max_steps=0, seed=3, history=history)
+    assert torch.equal(R, initial_rotation(N, init_mode, 3))
+    assert len(history) == 1 and history[0]["loss"] == pytest.approx(loss_of(layers(), R), rel=1e-5)
+
+
+def degenerate(kind: str) -> dict[str, torch.Tensor]:
+    x = torch.randn(200, N, generator=torch.Generator().manual_seed(0))
+    return {"a": {
+        "zero": torch.zeros(200, N),
+        "constant": torch.full((200, N), 3.0),
+        "one token": x[:1],
+        "rank 1": x[:, :1] * x[:1],
+        "rank 3": x[:, :3] @ x[:3],
+        "ill-conditioned": x * torch.logspace(-4, 4, N),
+        "large": 1e6 * x,
+        "one dead channel": x * (torch.arange(N) > 0),
+    }[kind]}  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["whip", "range", "kurtosis"])
+@pytest.mark.parametrize(
+    "kind",
+    ["zero", "constant", "one token", "rank 1", "rank 3", "ill-conditioned", "large", "one dead channel"],
+)
+def test_degenerate_data_gives_a_rotation(kind, objective):
+    acts, history = degenerate(kind), []
+    R = train_r1_joint(acts, N, 1, objective=objective, history=history)
+    assert orthogonality_error(R) <= 1e-5
+    assert_monotone(history)
+
+
+@pytest.mark.parametrize("solver", ["sgd", "greedy"])
+@pytest.mark.parametrize("kind", ["zero", "constant", "one token", "rank 1", "ill-conditioned"])
+def test_degenerate_data_gives_a_rotation_from_the_baselines(kind, solver):
+    assert orthogonality_error(train_r1_joint(degenerate(kind), N, 1, solver=solver)) <= 1e-5
+
+
+def test_greedy_warm_starts_each_layer_from_the_one_before():
+    acts, history = layers(), []
+    R = train_r1_joint(acts, N, LAYERS, solver="greedy", max_steps=5, seed=1, history=history)
+    by_hand = initial_rotation(N, "hadamard", 1)[None]
+    for x in acts.values():
+        by_hand = minimise(x[None], by_hand, get_objective("whip"), record=lambda R: None, max_steps=5, seed=1)
+    torch.testing.assert_close(R, by_hand[0])
+    assert len(history) == LAYERS + 1
+    backwards = dict(reversed(acts.items()))
+    assert not torch.allclose(R, train_r1_joint(backwards, N, LAYERS, solver="greedy", max_steps=5, seed=1), atol=1e-3)
+
+
+def test_joint_does_not_depend_on_the_order_of_layers():
+    acts = layers()
+    R, backwards = (train_r1_joint(a, N, LAYERS, max_steps=5) for a in (acts, dict(reversed(acts.items()))))
+    torch.testing.assert_close(R, backwards, rtol=0, atol=1e-4)
+
+
+def test_inputs_are_not_changed_and_may_be_bfloat16():
+    acts = {name: x.bfloat16() for name, x in layers().items()}
+    before = {name: x.clone() for name, x in acts.items()}
+    assert orthogonality_error(train_r1_joint(acts, N, LAYERS)) <= 1e-5
+    assert all(torch.equal(acts[name], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("solver, lines", [("mm", 1), ("greedy", 1), ("sgd", 0)])
+def test_says_once_that_no_learning_rate_is_needed(caplog, solver, lines):
+    with caplog.at_level(logging.INFO):
+        train_r1_joint(layers(), N, LAYERS, lr=0.1, solver=solver, max_steps=3)
+    assert caplog.text.count("needs no learning rate") == lines
+
+
+def spoiled(value: float):
+    acts = layers()
+    acts["layer.2"][7, 3] = value
+    return acts
+
+
+@pytest.mark.parametrize("acts, arguments, error, message", [
+    (spoiled(torch.nan), {}, FloatingPointError, "NaN or Inf in the activations of layer.2"),
+    (spoiled(torch.inf), {}, FloatingPointError, "NaN or Inf in the activations of layer.2"),
+    (spoiled(-torch.inf), {"max_steps": 0}, FloatingPointError, "layer.2"),
+    (layers(count=3), {}, ValueError, "all 4 layers; got 3 modules: layer.0, layer.1, layer.2"),
+    ({}, {}, ValueError, "all 4 layers; got 0 modules"),
+    (layers(n=12), {}, ValueError, r"layer.0 have shape \(100, 12\), expected \(tokens, 16\)"),
+    ({**layers(), "x": torch.ones(N)}, {}, ValueError, r"x have shape \(16,\)"),
+    ({**layers(), "x": torch.ones(2, 5, N)}, {}, ValueError, r"x have shape \(2, 5, 16\)"),
+    ({**layers(), "x": torch.ones(0, N)}, {}, ValueError, r"x have shape \(0, 16\)"),
+    (layers(), {"solver": "adam"}, ValueError, "solver 'adam' is unknown; there are mm, sgd, greedy"),
+    (layers(), {"objective": "wipe"}, ValueError, "objective 'wipe' is unknown; there are whip"),
+    (layers(), {"init_mode": "zeros"}, ValueError, "init_mode 'zeros' is unknown; there are hadamard"),
+    (layers(), {"solver": "adam", "max_steps": 0}, ValueError, "solver 'adam' is unknown"),
+    (layers(), {"solver": "sgd", "lr": torch.inf}, FloatingPointError, "lr=inf: lower lr"),
+])  # fmt: skip
+def test_bad_input(acts, arguments, error, message):
+    with pytest.raises(error, match=message):
+        train_r1_joint(acts, N, LAYERS, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["random", "singular", "zero", "ill-conditioned", "tiny", "huge"])
+def test_polar_is_the_nearest_rotation(kind, orthogonal):
+    M = torch.randn(3, 12, 12, generator=torch.Generator().manual_seed(0))
+    M = {"random": M, "singular": M[:, :, :2] @ M[:, :2, :], "zero": 0 * M, "tiny": 1e-20 * M, "huge": 1e15 * M,
+         "ill-conditioned": M * torch.logspace(-8, 8, 12)}[kind]  # fmt: skip
+    R = polar(M)
+    assert orthogonality_error(R) <= 1e-5
+    inner = (R * M).sum((1, 2))  # ‖R − M‖² = const − 2⟨R, M⟩
+    for seed in range(20):
+        other = orthogonal(12, seed, torch.float32)
+        assert torch.all(inner >= (other * M).sum((1, 2)) - 1e-5 * M.abs().amax())
+    nuclear = torch.linalg.svdvals(M.double()).sum(-1)
+    torch.testing.assert_close(inner.double(), nuclear, rtol=1e-4, atol=1e-30)

@@ -1,0 +1,186 @@
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jqlib.hadamard import hadamard_matrix, random_hadamard
+from jqlib.models import done, site_targets
+from jqlib.rotation import fuse_layer_norms, rotate_model
+from jqlib.smooth import compute_simple_smooth_scale
+
+HIDDEN, KV, D = 48, 2, 8
+EXACT = torch.float64, 1e-9
+SINGLE = torch.float32, 2e-4
+
+
+def logits(model, tokens):
+    with torch.inference_mode():
+        return model(tokens, use_cache=False).logits
+
+
+def heads(model, orthogonal, dtype=torch.float64):
+    names = site_targets(model, "o")
+    return {name: orthogonal(D, seed=i, dtype=dtype, batch=(KV,)) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [EXACT, SINGLE])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("parts", ["", "r1", "r2", "smooth", "r4", "r1 r2", "r1 r2 smooth r4"])
+def test_logits_survive(tiny_model, tokens, orthogonal, double_norms, dtype, tolerance, biases, parts):
+    model, batch = tiny_model(biases=biases, dtype=dtype), tokens()
+    expected = logits(model, batch)
+    smooth = compute_simple_smooth_scale(model, batch) if "smooth" in parts else None
+    R2 = heads(model, orthogonal) if "r2" in parts else None
+    fuse_layer_norms(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    rotate_model(model, orthogonal(HIDDEN) if "r1" in parts else None, R2, smooth, r4="r4" in parts)
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=tolerance * expected.abs().max().item())
+    changed = {name.split(".")[-2] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    stream = {"embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"}
+    touched = {"r1": stream, "r2": {"v_proj", "o_proj"}, "smooth": {"v_proj", "o_proj", "up_proj", "down_proj"},
+               "r4": {"down_proj"}}  # fmt: skip
+    assert changed == set().union(*(touched[part] for part in parts.split()))
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_fusing_alone_keeps_logits_and_makes_gamma_one(tiny_model, tokens, double_norms, biases):
+    model = tiny_model(biases=biases, dtype=torch.float64)
+    expected, embedding = logits(model, tokens()), model.model.embed_tokens.weight.clone()
+    fuse_layer_norms(model)
+    torch.testing.assert_close(logits(model, tokens()), expected, rtol=0, atol=1e-12)
+    norms = [p for name, p in model.named_parameters() if "norm" in name]
+    assert len(norms) == 5 and all(torch.all(gamma == 1) for gamma in norms)
+    assert torch.equal(model.model.embed_tokens.weight, embedding), "the embedding's mean must stay"
+    assert done(model) == {"fused"}
+
+
+def test_rotations_stand_where_the_method_puts_them(tiny_model, orthogonal):
+    """The table of ALGORITHM.md §1, written out with explicit block matrices."""
+    model = tiny_model(biases=True, dtype=torch.float64)
+    fuse_layer_norms(model)
+    before = copy.deepcopy(model).model.layers[1]
+    R, R2 = orthogonal(HIDDEN, seed=9), heads(model, orthogonal)
+    rotate_model(model, R, R2)
+    after = model.model.layers[1]
+    per_kv = R2["model.layers.1.self_attn.o_proj"]
+    V, Q = torch.block_diag(*per_kv), torch.block_diag(*(per_kv[h // 3] for h in range(6)))
+    H = hadamard_matrix(96).double() / 96**0.5
+
+    def close(a, b):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+    old, new = before.self_attn, after.self_attn
+    close(new.q_proj.weight, old.q_proj.weight @ R)
+    close(new.q_proj.bias, old.q_proj.bias)
+    close(new.v_proj.weight, V.T @ old.v_proj.weight @ R)
+    close(new.v_proj.bias, old.v_proj.bias @ V)
+    close(new.o_proj.weight, R.T @ old.o_proj.weight @ Q)
+    close(new.o_proj.bias, old.o_proj.bias @ R)
+    close(after.mlp.up_proj.weight, before.mlp.up_proj.weight @ R)
+    close(after.mlp.up_proj.bias, before.mlp.up_proj.bias)
+    close(after.mlp.down_proj.weight, R.T @ before.mlp.down_proj.weight @ H)
+    close(after.mlp.down_proj.bias, before.mlp.down_proj.bias @ R)
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_untied_and_saved_checkpoint_reloads(tiny_model, tokens, orthogonal, tmp_path, biases):
+    model = tiny_model(biases=biases)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    fuse_layer_norms(model)
+    assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
+    assert model.config.tie_word_embeddings is False
+    rotate_model(model, orthogonal(HIDDEN), heads(model, orthogonal), r4=False)
+    expected = logits(model, tokens())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(logits(again, tokens()), expected)
+
+
+def test_bfloat16_stays_and_merges_once(tiny_model, tokens):
+    """Merged in float64 and cast once: as near to the float32 merge as bfloat16's rounding allows."""
+    half = tiny_model(dtype=torch.bfloat16)
+    full = copy.deepcopy(half).float()
+    R = random_hadamard(HIDDEN, seed=0)
+    for model in (half, full):
+        fuse_layer_norms(model)
+        rotate_model(model, R, None)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    torch.testing.assert_close(half.model.embed_tokens.weight, full.model.embed_tokens.weight.bfloat16())
+    for a, b in zip(half.parameters(), full.parameters(), strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.02)
+    error = (logits(half, tokens()).float() - logits(full, tokens())).norm() / logits(full, tokens()).norm()
+    assert error < 0.05
+
+
+def skewed(n: int, orthogonal):
+    matrix = orthogonal(n)
+    matrix[0] *= 1.01
+    return matrix
+
+
+NAME = "model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize("R1, R2, message", [
+    (lambda o: o(40), None, r"R1 has shape \(40, 40\), expected \(48, 48\)"),
+    (lambda o: o(48)[:, :40], None, r"R1 has shape \(48, 40\)"),
+    (lambda o: skewed(48, o), None, r"R1 is not orthogonal: the largest entry of \|RᵀR − I\| is 0.0"),
+    (lambda o: o(48) * torch.nan, None, "R1 is not orthogonal"),
+    (lambda o: torch.zeros(48, 48), None, "R1 is not orthogonal: .* is 1"),
+    (None, lambda o: {NAME: o(8, batch=(6,))}, rf"R2 of {NAME} has shape \(6, 8, 8\), expected \(2, 8, 8\)"),
+    (None, lambda o: {NAME: o(8)}, r"has shape \(8, 8\), expected \(2, 8, 8\)"),
+    (None, lambda o: {NAME: torch.ones(2, 8, 8)}, f"R2 of {NAME} is not orthogonal"),
+    (None, lambda o: {"layers.0.o_proj": o(8, batch=(2,))}, f"R2 names 'layers.0.o_proj'; expected .* '{NAME}'"),
+])  # fmt: skip
+def test_bad_rotations_leave_the_model_alone(tiny_model, orthogonal, R1, R2, message):
+    model = tiny_model()
+    fuse_layer_norms(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        rotate_model(model, R1 and R1(orthogonal), R2 and R2(orthogonal))
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert done(model) == {"fused"}
+
+
+def test_order_of_steps_is_enforced(tiny_model, orthogonal):
+    model, R = tiny_model(), orthogonal(HIDDEN)
+    with pytest.raises(RuntimeError, match="norms are fused: call fuse_layer_norms"):
+        rotate_model(model, R)
+    fuse_layer_norms(model)
+    with pytest.raises(RuntimeError, match="fused already"):
+        fuse_layer_norms(model)
+    rotate_model(model, R)
+    with pytest.raises(RuntimeError, match="rotated already"):
+        rotate_model(model, R)
+    with pytest.raises(RuntimeError, match="fused already"):
+        fuse_layer_norms(model)
+
+
+def test_scales_of_a_norm_and_a_rotation_exclude_each_other(tiny_model, tokens, orthogonal):
+    """SmoothQuant's scales sit in gamma, which R1 doesn't commute with: refused, or the logits survive."""
+    model, batch = tiny_model(), tokens()
+    expected = logits(model, batch)
+    scales = compute_simple_smooth_scale(model, batch, sites=("qkv", "ug"))
+    fuse_layer_norms(model)
+    try:
+        rotate_model(model, orthogonal(HIDDEN), None, scales)
+    except (ValueError, RuntimeError):
+        return
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("step", ["fuse", "rotate", "smooth"])
+def test_a_quantised_model_is_not_changed_any_more(tiny_model, tokens, orthogonal, step):
+    from jqlib.quant import quantize_model
+    from jqlib.smooth import apply_smoothing
+
+    model = tiny_model()
+    scales = compute_simple_smooth_scale(model, tokens())
+    if step == "rotate":
+        fuse_layer_norms(model)
+    quantize_model(model)
+    call = {"fuse": fuse_layer_norms, "rotate": lambda m: rotate_model(m, orthogonal(HIDDEN)),
+            "smooth": lambda m: apply_smoothing(m, scales)}[step]  # fmt: skip
+    with pytest.raises(RuntimeError, match="quantised already"):
+        call(model)

@@ -1,0 +1,120 @@
+import copy
+
+import pytest
+import torch
+
+from jqlib.activations import collect_activations
+from jqlib.models import done, site_targets
+from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
+
+HEADS, KV, D, INTERMEDIATE, HIDDEN = 6, 2, 8, 96, 48
+O, DOWN = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
+QKV, UG = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+
+
+def logits(model, batch):
+    with torch.inference_mode():
+        return model(batch, use_cache=False).logits
+
+
+def slow_scale(x, weights, alpha: float, channels: list[list[int]]) -> list[float]:
+    """s of each group of channels that share one, in plain loops."""
+    scales = []
+    for group in channels:
+        x_max = max(x[t, j].abs().item() for t in range(len(x)) for j in group)
+        w_max = max(weight[i, j].abs().item() for weight in weights for i in range(len(weight)) for j in group)
+        scales.append(x_max**alpha / w_max ** (1 - alpha))
+    return scales
+
+
+@pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
+@pytest.mark.parametrize("name", [O, DOWN, QKV, UG])
+def test_scales_against_slow_loops(tiny_model, tokens, alpha, name):
+    model, batch = tiny_model(biases=True), tokens(2, 6)
+    site = {O: "o", DOWN: "down", QKV: "qkv", UG: "ug"}[name]
+    scale = compute_simple_smooth_scale(model, batch, alpha=alpha, sites=(site,))
+    assert list(scale) == site_targets(model, site)
+    x = collect_activations(model, batch, [name], raw=True)[name]
+    readers = {O: ["o"], DOWN: ["down"], QKV: ["q", "k", "v"], UG: ["up", "gate"]}[name]
+    parent = name.rsplit(".", 1)[0]
+    weights = [model.get_submodule(f"{parent}.{reader}_proj").weight for reader in readers]
+    shared = [[(kv * HEADS // KV + h) * D + j for h in range(HEADS // KV)] for kv in range(KV) for j in range(D)]
+    channels = shared if name == O else [[j] for j in range(x.shape[1])]
+    assert scale[name].shape == (len(channels),)
+    torch.testing.assert_close(scale[name], torch.tensor(slow_scale(x, weights, alpha, channels)))
+
+
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("sites", [("o", "down"), ("qkv", "ug"), ("o",), ("qkv", "o", "ug", "down")])
+def test_logits_survive(tiny_model, tokens, double_norms, biases, sites):
+    model, batch = tiny_model(biases=biases, dtype=torch.float64), tokens()
+    expected, before = logits(model, batch), copy.deepcopy(model.state_dict())
+    apply_smoothing(model, compute_simple_smooth_scale(model, batch, sites=sites))
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-10)
+    changed = {name.split(".")[-2] for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+    touched = {"o": {"v_proj", "o_proj"}, "down": {"up_proj", "down_proj"},
+               "qkv": {"input_layernorm", "q_proj", "k_proj", "v_proj"},
+               "ug": {"post_attention_layernorm", "up_proj", "gate_proj"}}  # fmt: skip
+    assert changed == set().union(*(touched[site] for site in sites))
+    assert done(model) == {"smoothed"}
+
+
+def test_smoothed_input_is_divided(tiny_model, tokens):
+    model, batch = tiny_model(), tokens()
+    before = collect_activations(model, batch, [O, DOWN])
+    scales = compute_simple_smooth_scale(model, batch, alpha=0.7)
+    apply_smoothing(model, scales)
+    after = collect_activations(model, batch, [O, DOWN])
+    per_head = scales[O].view(KV, 1, D).repeat(1, HEADS // KV, 1).flatten()
+    torch.testing.assert_close(after[O], before[O] / per_head, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after[DOWN], before[DOWN] / scales[DOWN], rtol=1e-3, atol=1e-4)
+
+
+def test_moments_save_the_pass(tiny_model, tokens):
+    model, moments = tiny_model(), {}
+    collect_activations(model, tokens(), site_targets(model, "o", "down"), raw=True, moments=moments)
+    given = compute_simple_smooth_scale(model, None, moments=moments)
+    for name, scale in compute_simple_smooth_scale(model, tokens()).items():
+        assert torch.equal(given[name], scale)
+
+
+@pytest.mark.parametrize("alpha", [0, 0.5, 1])
+def test_dead_channels_keep_their_scale(tiny_model, tokens, alpha):
+    model, batch = tiny_model(), tokens()
+    model.model.layers[1].mlp.up_proj.weight[5] = 0  # its activation is always 0
+    model.model.layers[1].mlp.down_proj.weight[:, 7] = 0  # nothing reads it
+    expected = logits(model, batch)
+    scales = compute_simple_smooth_scale(model, batch, alpha=alpha)
+    assert scales[DOWN][5] == scales[DOWN][7] == 1
+    assert all(torch.isfinite(scale).all() and (scale >= 1e-5).all() for scale in scales.values())
+    apply_smoothing(model, scales)
+    torch.testing.assert_close(logits(model, batch), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, torch.nan])
+def test_alpha_outside_its_range(tiny_model, tokens, alpha):
+    with pytest.raises(ValueError, match=f"smooth_alpha={alpha}: alpha lies between 0"):
+        compute_simple_smooth_scale(tiny_model(), tokens(), alpha=alpha)
+
+
+def test_twice(tiny_model, tokens):
+    model = tiny_model()
+    scales = compute_simple_smooth_scale(model, tokens())
+    apply_smoothing(model, scales)
+    with pytest.raises(RuntimeError, match="smoothed already"):
+        apply_smoothing(model, scales)
+
+
+@pytest.mark.parametrize("scales, message", [
+    ({"layers.1.o_proj": torch.ones(16)}, "layers.1.o_proj"),
+    ({O: torch.ones(8)}, O),
+    ({DOWN: torch.ones(48)}, DOWN),
+    ({DOWN: torch.zeros(96)}, DOWN),
+    ({DOWN: torch.full((96,), torch.nan)}, DOWN),
+])  # fmt: skip
+def test_scales_that_do_not_fit_are_named_and_leave_the_model_alone(tiny_model, scales, message):
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        apply_smoothing(model, scales)
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
