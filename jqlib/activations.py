@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jqlib.models import sites_of
+from jqlib.models import site_targets, sites_of
 
 
 @dataclass
@@ -28,9 +28,7 @@ class Moments:
         return cls(len(x), sums.double().cpu(), x.abs().amax(0).cpu())
 
     def __add__(self, other: "Moments") -> "Moments":
-        return Moments(
-            self.tokens + other.tokens, self.sums + other.sums, torch.maximum(self.absmax, other.absmax)
-        )
+        return Moments(self.tokens + other.tokens, self.sums + other.sums, torch.maximum(self.absmax, other.absmax))
 
     @property
     def kurtosis(self) -> float:
@@ -104,8 +102,8 @@ def _hooks(model: nn.Module, targets: list[str], record, raw: bool) -> list:
     modules = dict(model.named_modules())
     if unknown := [name for name in targets if name not in modules]:
         raise ValueError(
-            f"the model has no module {unknown[0]!r}. Targets are full names such as "
-            f"{next(name for name in modules if name.endswith('_proj'))!r}; site_targets(model, 'qkv', 'ug') lists R1's."
+            f"the model has no module {unknown[0]!r}. Targets are full names such as {site_targets(model)[0]!r}; "
+            "site_targets(model, 'qkv', 'ug') lists R1's."
         )
     norm_of = {
         f"{layer}.{reader}": f"{layer}.{site.norm}"

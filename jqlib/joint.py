@@ -28,6 +28,7 @@ INIT_MODES = ("hadamard", "random", "identity")
 SOLVERS = ("mm", "sgd", "greedy")
 TOLERANCE = 2e-4  # stop when a step lowers the loss by less than this share of it
 MAX_STEPS = 60
+RIDGE = 1e-3
 
 
 def train_r1_joint(
@@ -128,6 +129,15 @@ def polar(M: Tensor) -> Tensor:
     return 1.5 * R - 0.5 * R @ (R.mT @ R)  # one Newton–Schulz step takes what rounding left
 
 
+def nearby_polar(M: Tensor) -> Tensor:
+    """`polar` for an M that is nearly a rotation, by Newton–Schulz: products only."""
+    for _ in range(10):
+        if orthogonality_error(M) < 1e-6:
+            return M
+        M = 1.5 * M - 0.5 * M @ (M.mT @ M)
+    return M if orthogonality_error(M) < 1e-6 else polar(M)
+
+
 class Recorder:
     """Fills ``history``. The time it spends on measuring the loss over all tokens is not counted."""
 
@@ -135,19 +145,23 @@ class Recorder:
         self.history, self.layers, self.objective = history, layers, objective
         self.start = time.perf_counter()
 
-    def __call__(self, R: Tensor) -> None:
+    def __call__(self, R: Tensor, loss: float | None = None) -> None:
+        """Record R; ``loss`` over all tokens, where the solver knows it, need not be measured."""
         if self.history is None:
             return
         now = time.perf_counter()
-        tokens = sum(x.shape[-2] for x in self.layers)
-        loss = sum(mean_loss(x.view(len(R), -1, x.shape[-1]), R, self.objective)[0].mean().item() * x.shape[-2] for x in self.layers)
         self.history.append({
             "step": len(self.history),
             "seconds": now - self.start,
-            "loss": loss / tokens,
+            "loss": self._loss(R) if loss is None else loss,
             "orthogonality": orthogonality_error(R),
         })  # fmt: skip
         self.start += time.perf_counter() - now
+
+    def _loss(self, R: Tensor) -> float:
+        parts = [x if x.ndim == 3 else x[None] for x in self.layers]  # (B, tokens, n)
+        total = sum(mean_loss(x, R, self.objective)[0].mean().item() * x.shape[1] for x in parts)
+        return total / sum(x.shape[1] for x in parts)
 
 
 def orthogonality_error(R: Tensor) -> float:
@@ -168,7 +182,7 @@ def minimise(
     with tqdm(total=steps, desc="rotation", unit="step") as bar:
         for size in sizes:
             sample = X[:, order[:size]]
-            R, steps = _descend(sample, R, objective, steps, 20 * TOLERANCE, record, bar)
+            R, steps = _descend(sample, R, objective, steps, 20 * TOLERANCE, lambda R, loss: record(R), bar)
         R, _ = _descend(X, R, objective, steps, TOLERANCE, record, bar)
     return R
 
@@ -176,6 +190,8 @@ def minimise(
 def _descend(X, R, objective, steps: int, tolerance: float, record, bar) -> tuple[Tensor, int]:
     """Steps on one sample until they gain little; returns R and the steps left. Each problem is judged alone."""
     gram = X.mT @ X / X.shape[1]
+    diagonal = gram.diagonal(dim1=1, dim2=2)  # a little of R itself: where X says nothing, R stays as it is
+    diagonal += RIDGE * diagonal.mean(1, keepdim=True)
     loss, gradient = mean_loss(X, R, objective)
     pull = (gram @ R).norm(dim=(1, 2)).clamp(min=1e-20)
     damping = (gradient.norm(dim=(1, 2)) / pull).clamp(min=1e-6)[:, None, None]  # λ
@@ -184,7 +200,7 @@ def _descend(X, R, objective, steps: int, tolerance: float, record, bar) -> tupl
         steps -= 1
         point = polar(damping * (gram @ R) - gradient)
         beta = (momentum / (momentum + 3)).clamp(max=0.9)
-        trial = polar(point + beta * (point - previous)) if beta.any() else point
+        trial = nearby_polar(point + beta * (point - previous)) if beta.any() else point
         trial_loss, trial_gradient = mean_loss(X, trial, objective)
         better = trial_loss <= loss
         gain = ((loss - trial_loss) / loss.abs().clamp(min=1e-20)).where(better, 0)
@@ -197,7 +213,7 @@ def _descend(X, R, objective, steps: int, tolerance: float, record, bar) -> tupl
         bar.update()
         bar.set_postfix(loss=f"{loss.mean().item():.4f}", refresh=False)
         if better.any():
-            record(R)
+            record(R, loss.mean().item())
         plain = ~better & (beta.flatten() == 0)  # a plain step failed: λ has doubled
         stuck = plain & (damping.flatten() > 1e4 * gradient.norm(dim=(1, 2)) / pull)
         if (stuck | (better & (gain < tolerance))).all():

@@ -39,7 +39,9 @@ def activations(config: Config, *names: str) -> tuple[dict[str, Tensor], float]:
     def make():
         model = load_model(config)
         targets = site_targets(model, *sites)
-        acts = collect_activations(model, load_calibration(config), targets, config.device, config.max_tokens, seed=config.seed)
+        acts = collect_activations(
+            model, load_calibration(config), targets, config.device, config.max_tokens, seed=config.seed
+        )
         return acts, {"sites": {name: site_targets(model, name) for name in sites}}
 
     acts, values = artifact(config.folder, "activations", _depends(config, "max_tokens"), make)
@@ -60,8 +62,8 @@ def r1(config: Config, solver: str) -> tuple[Tensor, dict]:
         history: list[dict] = []
         R = train_r1_joint(
             acts, hidden, layers, config.device, config.r1_lr, config.r1_epochs,
-            config.init_mode if training else "hadamard", solver=solver if training else "mm", objective=config.objective,
-            max_steps=None if training else 0, seed=config.seed, history=history,
+            config.init_mode if training else "hadamard", solver=solver if training else "mm",
+            objective=config.objective, max_steps=None if training else 0, seed=config.seed, history=history,
         )  # fmt: skip
         return {"R1": R}, _training(history, collect_seconds if training else 0.0)
 
@@ -105,10 +107,10 @@ def smooth_scales(config: Config, sites: tuple[str, ...]) -> tuple[dict[str, Ten
 
 
 def recipe_of(config: Config, name: str | None = None) -> Recipe:
-    """The named recipe (default: the run's own); ``jointquant`` takes its solver and smoothing from the run."""
+    """The named recipe (default: the run's own); JointQuant takes its solver and smoothing from the run."""
     name = name or config.recipe
     recipe = RECIPES[name]
-    if name == "jointquant":
+    if name.startswith("jointquant"):
         recipe = replace(recipe, r1=config.solver, r2=config.solver, smooth=recipe.smooth if config.use_smooth else ())
     return recipe
 
@@ -139,7 +141,9 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
     def make():
         model, seconds = transform(config, recipe) if recipe else (load_model(config), 0.0)
         if recipe:
-            quantize_model(model, w_bits, a_bits, config.w_groupsize, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head)
+            quantize_model(
+                model, w_bits, a_bits, config.w_groupsize, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head
+            )
         ppl = evaluate_perplexity(
             model, models.get_tokenizer(config.model), config.device,
             dataset=config.eval_dataset, seqlen=config.seqlen, max_windows=config.eval_windows,
@@ -157,7 +161,7 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
 
 
 def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
-    """The kurtosis of what each linear reads under a recipe (None: of the model as it is), ``{first reader: kurtosis}``."""
+    """Of what each site reads under a recipe (None: in the model as it is): ``{first reader: kurtosis}``."""
 
     def make():
         model = transform(config, recipe)[0] if recipe else load_model(config)

@@ -31,15 +31,16 @@ def heatmaps(tables: Mapping[str, pd.DataFrame], bar: str, rows: str = "layer") 
 
 
 def surfaces(tables: Mapping[str, np.ndarray], tokens: int = 96) -> Figure:
-    """|activation| over token × channel, (tokens, channels) each, on one shared height."""
+    """|activation| over token × channel, (tokens, channels) each, on one shared height; of 4 channels the largest."""
     height = max(np.abs(t[:tokens]).max() for t in tables.values())
     with plt.style.context(STYLE):
         figure = plt.figure(figsize=(4.6 * len(tables), 4.4))
         for i, (title, table) in enumerate(tables.items()):
             axis = figure.add_subplot(1, len(tables), i + 1, projection="3d")
-            z = np.abs(table[:tokens])
-            channel, token = np.meshgrid(np.arange(z.shape[1]), np.arange(z.shape[0]))
-            axis.plot_surface(channel, token, z, cmap="cividis", vmin=0, vmax=height / 2, rcount=96, ccount=192)
+            z = np.abs(table[:tokens, : table.shape[1] // 4 * 4])
+            z = z.reshape(len(z), -1, 4).max(2)
+            channel, token = np.meshgrid(4 * np.arange(z.shape[1]), np.arange(z.shape[0]))
+            axis.plot_surface(channel, token, z, cmap="viridis", vmin=0, vmax=height / 3, rcount=len(z), ccount=200)
             axis.set(title=title, xlabel="channel", ylabel="token", zlim=(0, height))
             axis.set_zlabel("|activation|", labelpad=2)
             axis.set_box_aspect(None, zoom=0.86)
@@ -76,9 +77,11 @@ def what_4_bits_sees(tokens: Mapping[str, np.ndarray], bits: int = 4) -> Figure:
             axis.plot(token, ".", ms=3, label="activation")
             axis.plot(rounded, ".", ms=3, label=f"what {bits} bits see")
             used = len(np.unique(rounded))
-            axis.set(title=f"{name}\n{used} of {2**bits} levels used, error {error:.2%}", xlabel="channel", ylabel="value")
+            axis.set(
+                title=f"{name}\n{used} of {2**bits} levels used, error {error:.2%}", xlabel="channel", ylabel="value"
+            )
             axis.grid(False)
-        axes[0, 0].legend(loc="upper left")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=2, markerscale=3)
         return figure
 
 
@@ -106,7 +109,9 @@ def convergence(histories: Mapping[str, list[dict]], ylabel: str) -> Figure:
         return figure
 
 
-def intervals(table: pd.DataFrame, label: str, groups: str, xlabel: str = "perplexity (log)", line: float | None = None) -> Figure:
+def intervals(
+    table: pd.DataFrame, label: str, groups: str, xlabel: str = "perplexity (log)", line: float | None = None
+) -> Figure:
     """``ppl`` with [``ppl_low``, ``ppl_high``] a row of ``label``, one colour a value of ``groups``; a line at FP."""
     names = list(dict.fromkeys(table[label]))
     kinds = list(dict.fromkeys(table[groups]))

@@ -99,7 +99,9 @@ def quantize_model(
             weight.data = quantize_weight(weight, w_bits, w_groupsize).to(weight.dtype)
         if a_bits < OFF:
             groupsize = head_dim_of(model) if site.name == "o" and o_per_head else None
-            _quantize_site(model, layer, site, partial(quantize_activation, bits=a_bits, clip=a_clip, groupsize=groupsize))
+            _quantize_site(
+                model, layer, site, partial(quantize_activation, bits=a_bits, clip=a_clip, groupsize=groupsize)
+            )
     done(model).add("quantized")
 
 

@@ -27,13 +27,15 @@ def fuse_layer_norms(model: nn.Module) -> None:
         raise RuntimeError("the norms of this model are fused already: fuse_layer_norms runs once, on a fresh model")
     family = family_of(model)
     _untie(model)
-    readers_of = {f"{layer}.{site.norm}": [f"{layer}.{r}" for r in site.readers] for layer, site in sites_of(model) if site.norm}
+    readers_of = {
+        f"{layer}.{site.norm}": [f"{layer}.{r}" for r in site.readers] for layer, site in sites_of(model) if site.norm
+    }
     readers_of[family.final_norm] = [family.head]
     for norm_name, readers in readers_of.items():
         norm = model.get_submodule(norm_name)
+        gamma = norm.weight.double()
         for reader in readers:
-            weight = model.get_submodule(reader).weight
-            _merge(weight, lambda rows, gamma=norm.weight.double(): rows * gamma)
+            _merge(model.get_submodule(reader).weight, gamma.mul)
         norm.weight.data = torch.ones_like(norm.weight)
     done(model).add("fused")
 

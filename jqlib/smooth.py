@@ -35,7 +35,9 @@ def compute_simple_smooth_scale(
         raise ValueError(f"smooth_alpha={alpha}: alpha lies between 0 (weights only) and 1 (activations only)")
     if moments is None:
         moments = {}
-        collect_activations(model, calib_data, site_targets(model, *sites), device, max_tokens=1, raw=True, moments=moments)
+        collect_activations(
+            model, calib_data, site_targets(model, *sites), device, max_tokens=1, raw=True, moments=moments
+        )
     scales = {}
     for layer, site in sites_of(model, *sites):
         readers = [model.get_submodule(f"{layer}.{reader}") for reader in site.readers]

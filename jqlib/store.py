@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -109,8 +110,10 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """The commit of this checkout, with ``+changes`` where files differ from it; None outside a checkout."""
+
     def git(*words):
-        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+        command = ["git", "-C", ROOT, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "jqlib", "notebooks") else "")
@@ -128,6 +131,7 @@ def peak_rss_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@cache
 def code_hash() -> str:
     """A hash of the method's modules without comments and docstrings: prose may change, artifacts stay."""
     digest = hashlib.sha256()

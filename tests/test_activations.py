@@ -35,7 +35,8 @@ def test_raw_gives_the_true_inputs(tiny_model, tokens, biases):
     acts = collect_activations(model, tokens(), NAMES, raw=True)
     assert list(acts) == NAMES
     for name, x in inputs(model, tokens()).items():
-        assert acts[name].dtype == torch.float32 and acts[name].device.type == "cpu"
+        assert acts[name].dtype == torch.float32
+        assert acts[name].device.type == "cpu"
         torch.testing.assert_close(acts[name], x, rtol=1e-5, atol=1e-5)
 
 
@@ -76,7 +77,9 @@ def test_sample_is_the_same_everywhere_seeded_and_bounded(tiny_model, tokens):
         return rows.int().argmax(1).tolist()
 
     chosen = positions(NAMES[0], some[NAMES[0]])
-    assert len(set(chosen)) == 17 and max(chosen) >= 40 and min(chosen) < 20  # of every window
+    assert len(set(chosen)) == 17
+    assert max(chosen) >= 40
+    assert min(chosen) < 20
     for name in NAMES:
         assert positions(name, some[name]) == chosen
         assert torch.equal(some[name], again[name])
@@ -100,7 +103,8 @@ def test_moments_are_those_of_all_tokens(tiny_model, tokens, raw):
     model, moments = tiny_model(), {}
     full = collect_activations(model, tokens(3), NAMES, max_tokens=None, raw=raw)
     collect_activations(model, tokens(3), NAMES, max_tokens=5, raw=raw, moments=moments)
-    assert list(moments) and set(moments) == set(NAMES)
+    assert list(moments)
+    assert set(moments) == set(NAMES)
     for name in NAMES:
         x = full[name].double()
         centred = x - x.mean()

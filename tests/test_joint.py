@@ -1,3 +1,4 @@
+import itertools
 import logging
 
 import pytest
@@ -27,7 +28,7 @@ def loss_of(acts, R, objective: str = "whip") -> float:
 
 def assert_monotone(history):
     losses = [row["loss"] for row in history]
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(losses, losses[1:], strict=False)), losses
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(losses)), losses
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -42,7 +43,8 @@ def test_descends_monotonically_on_all_layers(objective, seed):
     assert history[-1]["loss"] == pytest.approx(loss_of(acts, R, objective), rel=1e-5)
     assert max(row["orthogonality"] for row in history) <= 1e-5
     seconds = [row["seconds"] for row in history]
-    assert seconds == sorted(seconds) and seconds[0] >= 0
+    assert seconds == sorted(seconds)
+    assert seconds[0] >= 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -64,9 +66,11 @@ def test_ends_below_published_sgd(seed):
 @pytest.mark.parametrize("init_mode", ["hadamard", "random", "identity"])
 @pytest.mark.parametrize("solver", ["mm", "sgd", "greedy"])
 def test_orthogonal_seeded_and_plain(solver, init_mode):
-    arguments = dict(init_mode=init_mode, solver=solver, max_steps=4)
+    arguments = {"init_mode": init_mode, "solver": solver, "max_steps": 4}
     R = train_r1_joint(layers(), N, LAYERS, **arguments, seed=5)
-    assert R.shape == (N, N) and R.dtype == torch.float32 and not R.requires_grad
+    assert R.shape == (N, N)
+    assert R.dtype == torch.float32
+    assert not R.requires_grad
     assert orthogonality_error(R) <= 1e-5
     assert torch.equal(R, train_r1_joint(layers(), N, LAYERS, **arguments, seed=5))
     if init_mode != "identity":
@@ -79,7 +83,8 @@ def test_no_steps_returns_the_start(solver, init_mode):
     history = []
     R = train_r1_joint(layers(), N, LAYERS, init_mode=init_mode, solver=solver, max_steps=0, seed=3, history=history)
     assert torch.equal(R, initial_rotation(N, init_mode, 3))
-    assert len(history) == 1 and history[0]["loss"] == pytest.approx(loss_of(layers(), R), rel=1e-5)
+    assert len(history) == 1
+    assert history[0]["loss"] == pytest.approx(loss_of(layers(), R), rel=1e-5)
 
 
 def degenerate(kind: str) -> dict[str, torch.Tensor]:
@@ -139,7 +144,7 @@ def test_inputs_are_not_changed_and_may_be_bfloat16():
     assert all(torch.equal(acts[name], x) for name, x in before.items())
 
 
-@pytest.mark.parametrize("solver, lines", [("mm", 1), ("greedy", 1), ("sgd", 0)])
+@pytest.mark.parametrize(("solver", "lines"), [("mm", 1), ("greedy", 1), ("sgd", 0)])
 def test_says_once_that_no_learning_rate_is_needed(caplog, solver, lines):
     with caplog.at_level(logging.INFO):
         train_r1_joint(layers(), N, LAYERS, lr=0.1, solver=solver, max_steps=3)
@@ -152,7 +157,7 @@ def spoiled(value: float):
     return acts
 
 
-@pytest.mark.parametrize("acts, arguments, error, message", [
+@pytest.mark.parametrize(("acts", "arguments", "error", "message"), [
     (spoiled(torch.nan), {}, FloatingPointError, "NaN or Inf in the activations of layer.2"),
     (spoiled(torch.inf), {}, FloatingPointError, "NaN or Inf in the activations of layer.2"),
     (spoiled(-torch.inf), {"max_steps": 0}, FloatingPointError, "layer.2"),

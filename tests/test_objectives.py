@@ -17,7 +17,8 @@ def test_derivative_is_that_of_the_value(name):
     objective = get_objective(name)
     y = tokens(3, 7, 5)
     value, slope = objective(y)
-    assert value.shape == (3, 7) and slope.shape == y.shape
+    assert value.shape == (3, 7)
+    assert slope.shape == y.shape
     for j in range(y.shape[-1]):
         step = torch.zeros(5, dtype=torch.float64)
         step[j] = EPSILON
@@ -25,7 +26,7 @@ def test_derivative_is_that_of_the_value(name):
         torch.testing.assert_close(slope[..., j], difference, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, by_hand", [
+@pytest.mark.parametrize(("name", "by_hand"), [
     ("whip", lambda y: y.abs().neg().exp().sum(-1)),
     ("range", lambda y: (y.amax(-1) - y.amin(-1)) ** 2),
     ("kurtosis", lambda y: (y**4).sum(-1)),

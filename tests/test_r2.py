@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -40,7 +42,8 @@ def test_batched_heads_equal_each_head_alone(init_mode, smoothed):
     R2 = train(acts, init_mode=init_mode, smooth_scale=smooth, max_steps=3, seed=7)
     assert list(R2) == NAMES
     for i, name in enumerate(NAMES):
-        assert R2[name].shape == (KV, D, D) and R2[name].dtype == torch.float32
+        assert R2[name].shape == (KV, D, D)
+        assert R2[name].dtype == torch.float32
         for kv in range(KV):
             X = head_data(acts[name], kv, smooth and smooth[name])[None]
             start = initial_rotation(D, init_mode, 7 + i * KV + kv)[None]
@@ -48,9 +51,10 @@ def test_batched_heads_equal_each_head_alone(init_mode, smoothed):
             torch.testing.assert_close(R2[name][kv], alone[0], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("solver", ["mm", "sgd", "greedy"])
-def test_every_head_descends_and_is_orthogonal(solver):
-    acts = o_inputs(tokens=400)
+@pytest.mark.parametrize(("solver", "tokens"), [("mm", 80), ("mm", 400), ("sgd", 80), ("greedy", 80)])
+def test_every_head_descends_and_is_orthogonal(solver, tokens):
+    """With 400 tokens the first steps see a sample: it must not leave a head worse than it was."""
+    acts = o_inputs(tokens=tokens)
     R2 = train(acts, solver=solver)
     for i, name in enumerate(NAMES):
         assert orthogonality_error(R2[name]) <= 1e-5
@@ -63,7 +67,7 @@ def test_history_is_the_mean_over_heads_and_falls():
     acts, history = o_inputs(), []
     R2 = train(acts, history=history)
     losses = [row["loss"] for row in history]
-    assert all(after <= before * (1 + 1e-6) for before, after in zip(losses, losses[1:], strict=False)), losses
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(losses)), losses
     heads = [whip(head_data(acts[name], kv), R2[name][kv]) for name in NAMES for kv in range(KV)]
     assert losses[-1] == pytest.approx(sum(heads) / len(heads), rel=1e-5)
 
@@ -97,7 +101,7 @@ def nan_acts():
     return acts
 
 
-@pytest.mark.parametrize("acts, heads, arguments, error, message", [
+@pytest.mark.parametrize(("acts", "heads", "arguments", "error", "message"), [
     (nan_acts(), (6, 2), {}, FloatingPointError, "NaN or Inf in the activations of model.layers.1.self_attn.o_proj"),
     (o_inputs(), (6, 4), {}, ValueError, "num_heads=6 is not a multiple of num_kv_heads=4"),
     (o_inputs(), (5, 5), {}, ValueError, r"have shape \(60, 48\), expected \(tokens, 45\)"),

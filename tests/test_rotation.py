@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from jqlib.hadamard import hadamard_matrix, random_hadamard
 from jqlib.models import done, site_targets
+from jqlib.quant import quantize_model
 from jqlib.rotation import fuse_layer_norms, rotate_model
-from jqlib.smooth import compute_simple_smooth_scale
+from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
 
 HIDDEN, KV, D = 48, 2, 8
 EXACT = torch.float64, 1e-9
@@ -24,7 +25,7 @@ def heads(model, orthogonal, dtype=torch.float64):
     return {name: orthogonal(D, seed=i, dtype=dtype, batch=(KV,)) for i, name in enumerate(names)}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [EXACT, SINGLE])
+@pytest.mark.parametrize(("dtype", "tolerance"), [EXACT, SINGLE])
 @pytest.mark.parametrize("biases", [False, True])
 @pytest.mark.parametrize("parts", ["", "r1", "r2", "smooth", "r4", "r1 r2", "r1 r2 smooth r4"])
 def test_logits_survive(tiny_model, tokens, orthogonal, double_norms, dtype, tolerance, biases, parts):
@@ -50,7 +51,8 @@ def test_fusing_alone_keeps_logits_and_makes_gamma_one(tiny_model, tokens, doubl
     fuse_layer_norms(model)
     torch.testing.assert_close(logits(model, tokens()), expected, rtol=0, atol=1e-12)
     norms = [p for name, p in model.named_parameters() if "norm" in name]
-    assert len(norms) == 5 and all(torch.all(gamma == 1) for gamma in norms)
+    assert len(norms) == 5
+    assert all(torch.all(gamma == 1) for gamma in norms)
     assert torch.equal(model.model.embed_tokens.weight, embedding), "the embedding's mean must stay"
     assert done(model) == {"fused"}
 
@@ -122,7 +124,7 @@ def skewed(n: int, orthogonal):
 NAME = "model.layers.0.self_attn.o_proj"
 
 
-@pytest.mark.parametrize("R1, R2, message", [
+@pytest.mark.parametrize(("R1", "R2", "message"), [
     (lambda o: o(40), None, r"R1 has shape \(40, 40\), expected \(48, 48\)"),
     (lambda o: o(48)[:, :40], None, r"R1 has shape \(48, 40\)"),
     (lambda o: skewed(48, o), None, r"R1 is not orthogonal: the largest entry of \|RᵀR − I\| is 0.0"),
@@ -157,24 +159,27 @@ def test_order_of_steps_is_enforced(tiny_model, orthogonal):
         fuse_layer_norms(model)
 
 
-def test_scales_of_a_norm_and_a_rotation_exclude_each_other(tiny_model, tokens, orthogonal):
-    """SmoothQuant's scales sit in gamma, which R1 doesn't commute with: refused, or the logits survive."""
-    model, batch = tiny_model(), tokens()
-    expected = logits(model, batch)
-    scales = compute_simple_smooth_scale(model, batch, sites=("qkv", "ug"))
+@pytest.mark.parametrize("smooth", [apply_smoothing, lambda model, scales: rotate_model(model, None, None, scales)])
+def test_scales_of_a_norm_are_refused_by_a_fused_model(tiny_model, tokens, smooth):
+    """They would make gamma differ from 1 again, and R1 does not commute with gamma."""
+    model = tiny_model()
+    scales = compute_simple_smooth_scale(model, tokens(), sites=("qkv", "ug"))
     fuse_layer_norms(model)
-    try:
-        rotate_model(model, orthogonal(HIDDEN), None, scales)
-    except (ValueError, RuntimeError):
-        return
-    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-3)
+    with pytest.raises((ValueError, RuntimeError), match=r"model\.layers\.0\.self_attn\.q_proj"):
+        smooth(model, scales)
+
+
+def test_scales_of_a_norm_before_fusing_survive_a_rotation(tiny_model, tokens, orthogonal, double_norms):
+    model, batch = tiny_model(dtype=torch.float64), tokens()
+    expected = logits(model, batch)
+    apply_smoothing(model, compute_simple_smooth_scale(model, batch, sites=("qkv", "ug")))
+    fuse_layer_norms(model)
+    rotate_model(model, orthogonal(HIDDEN))
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("step", ["fuse", "rotate", "smooth"])
 def test_a_quantised_model_is_not_changed_any_more(tiny_model, tokens, orthogonal, step):
-    from jqlib.quant import quantize_model
-    from jqlib.smooth import apply_smoothing
-
     model = tiny_model()
     scales = compute_simple_smooth_scale(model, tokens())
     if step == "rotate":

@@ -8,7 +8,7 @@ from jqlib.models import done, site_targets
 from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
 
 HEADS, KV, D, INTERMEDIATE, HIDDEN = 6, 2, 8, 96, 48
-O, DOWN = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
+O_PROJ, DOWN = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
 QKV, UG = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 
 
@@ -28,18 +28,18 @@ def slow_scale(x, weights, alpha: float, channels: list[list[int]]) -> list[floa
 
 
 @pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
-@pytest.mark.parametrize("name", [O, DOWN, QKV, UG])
+@pytest.mark.parametrize("name", [O_PROJ, DOWN, QKV, UG])
 def test_scales_against_slow_loops(tiny_model, tokens, alpha, name):
     model, batch = tiny_model(biases=True), tokens(2, 6)
-    site = {O: "o", DOWN: "down", QKV: "qkv", UG: "ug"}[name]
+    site = {O_PROJ: "o", DOWN: "down", QKV: "qkv", UG: "ug"}[name]
     scale = compute_simple_smooth_scale(model, batch, alpha=alpha, sites=(site,))
     assert list(scale) == site_targets(model, site)
     x = collect_activations(model, batch, [name], raw=True)[name]
-    readers = {O: ["o"], DOWN: ["down"], QKV: ["q", "k", "v"], UG: ["up", "gate"]}[name]
+    readers = {O_PROJ: ["o"], DOWN: ["down"], QKV: ["q", "k", "v"], UG: ["up", "gate"]}[name]
     parent = name.rsplit(".", 1)[0]
     weights = [model.get_submodule(f"{parent}.{reader}_proj").weight for reader in readers]
     shared = [[(kv * HEADS // KV + h) * D + j for h in range(HEADS // KV)] for kv in range(KV) for j in range(D)]
-    channels = shared if name == O else [[j] for j in range(x.shape[1])]
+    channels = shared if name == O_PROJ else [[j] for j in range(x.shape[1])]
     assert scale[name].shape == (len(channels),)
     torch.testing.assert_close(scale[name], torch.tensor(slow_scale(x, weights, alpha, channels)))
 
@@ -61,12 +61,12 @@ def test_logits_survive(tiny_model, tokens, double_norms, biases, sites):
 
 def test_smoothed_input_is_divided(tiny_model, tokens):
     model, batch = tiny_model(), tokens()
-    before = collect_activations(model, batch, [O, DOWN])
+    before = collect_activations(model, batch, [O_PROJ, DOWN])
     scales = compute_simple_smooth_scale(model, batch, alpha=0.7)
     apply_smoothing(model, scales)
-    after = collect_activations(model, batch, [O, DOWN])
-    per_head = scales[O].view(KV, 1, D).repeat(1, HEADS // KV, 1).flatten()
-    torch.testing.assert_close(after[O], before[O] / per_head, rtol=1e-3, atol=1e-4)
+    after = collect_activations(model, batch, [O_PROJ, DOWN])
+    per_head = scales[O_PROJ].view(KV, 1, D).repeat(1, HEADS // KV, 1).flatten()
+    torch.testing.assert_close(after[O_PROJ], before[O_PROJ] / per_head, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(after[DOWN], before[DOWN] / scales[DOWN], rtol=1e-3, atol=1e-4)
 
 
@@ -105,9 +105,9 @@ def test_twice(tiny_model, tokens):
         apply_smoothing(model, scales)
 
 
-@pytest.mark.parametrize("scales, message", [
+@pytest.mark.parametrize(("scales", "message"), [
     ({"layers.1.o_proj": torch.ones(16)}, "layers.1.o_proj"),
-    ({O: torch.ones(8)}, O),
+    ({O_PROJ: torch.ones(8)}, O_PROJ),
     ({DOWN: torch.ones(48)}, DOWN),
     ({DOWN: torch.zeros(96)}, DOWN),
     ({DOWN: torch.full((96,), torch.nan)}, DOWN),

@@ -1,0 +1,82 @@
+import pytest
+
+from jqlib.config import (
+    PROFILES,
+    RECIPES,
+    Config,
+    get_llama_1b_config,
+    get_llama_8b_config,
+    get_smollm2_135m_config,
+    make_config,
+    slug,
+)
+
+
+def test_defaults_are_the_specifications():
+    c = get_llama_1b_config()
+    assert (c.model, c.nsamples, c.seqlen, c.r1_lr, c.r1_epochs, c.r2_lr, c.r2_epochs) == (
+        "meta-llama/Llama-3.2-1B", 128, 2048, 1e-3, 10, 1e-3, 5)  # fmt: skip
+    assert (c.use_smooth, c.smooth_alpha, c.w_bits, c.a_bits, c.w_groupsize, c.output_dir) == (
+        True, 0.5, 4, 4, 128, "./jointquant_output")  # fmt: skip
+    assert c == Config()
+
+
+def test_a_parameter_beats_the_profile_and_the_profile_the_default():
+    c = make_config({"model": "smollm2-135m", "profile": "quick", "nsamples": 3, "seqlen": None})
+    assert (c.nsamples, c.seqlen, c.eval_windows) == (3, PROFILES["quick"]["seqlen"], PROFILES["quick"]["eval_windows"])
+
+
+def test_presets():
+    assert get_llama_8b_config().dtype == "bfloat16"
+    assert get_llama_8b_config(dtype="float32").dtype == "float32"
+    assert get_smollm2_135m_config().profile == "quick"
+    assert get_smollm2_135m_config(profile="standard").seqlen == 2048
+
+
+BAD = [
+    ({"w_bit": 4}, "unknown parameter 'w_bit'; there are model, profile"),
+    ({"w_bits": 1}, "w_bits=1: expected a value from 2 to 16"),
+    ({"a_bits": 17}, "a_bits=17: expected a value from 2 to 16"),
+    ({"w_bits": "4"}, "w_bits='4': expected int"),
+    ({"w_bits": 4.0}, "w_bits=4.0: expected int"),
+    ({"use_smooth": 1}, "use_smooth=1: expected bool"),
+    ({"smooth_alpha": 1.5}, "smooth_alpha=1.5: expected a value from 0 to 1"),
+    ({"smooth_alpha": float("nan")}, "smooth_alpha=nan: expected a value from 0 to 1"),
+    ({"w_groupsize": 0}, "w_groupsize=0: expected a value from 1"),
+    ({"nsamples": 0}, "nsamples=0: expected a value from 1"),
+    ({"profile": "fast"}, "profile='fast' is unknown; there are quick, standard, full"),
+    ({"solver": "adam"}, "solver='adam' is unknown; there are mm, sgd, greedy"),
+    ({"recipe": "gptq"}, "recipe='gptq' is unknown; there are rtn"),
+    ({"objective": "entropy"}, "objective='entropy' is unknown"),
+    ({"dtype": "int8"}, "dtype='int8' is unknown"),
+]
+
+
+@pytest.mark.parametrize(("parameters", "message"), BAD, ids=[str(p) for p, _ in BAD])
+def test_bad_values_are_named(parameters, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is compared below
+        make_config(parameters)
+    assert str(error.value).startswith(message)
+
+
+def test_whole_numbers_serve_as_floats():
+    assert make_config({"smooth_alpha": 1}).smooth_alpha == 1.0
+
+
+def test_output_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("JOINTQUANT_OUTPUT", raising=False)
+    assert make_config({"output_dir": str(tmp_path)}).folder == tmp_path / "meta-llama--Llama-3.2-1B"
+    monkeypatch.setenv("JOINTQUANT_OUTPUT", str(tmp_path / "moved"))
+    assert make_config({}).folder.parent == tmp_path / "moved"
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("smollm2-135m", "smollm2-135m"), ("a/b", "a--b"), ("/data/my model/", "my-model"), ("./x/m.gguf", "m.gguf")],
+)
+def test_slug_is_a_folder_name(model, expected):
+    assert slug(model) == expected
+
+
+def test_recipes_have_their_own_labels():
+    assert len({recipe.label for recipe in RECIPES.values()}) == len(RECIPES)

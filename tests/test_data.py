@@ -1,0 +1,161 @@
+import re
+
+import pandas as pd
+import pytest
+import torch
+
+from jqlib.data import get_calibration_data, get_evaluation_windows, load_text
+
+TEXT = "".join(f"{i:03d} " for i in range(1000))  # every window of 4 characters differs
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch, tmp_path):
+    """No hub, and nothing of a test in the user's cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf-cache")
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """``folder({"test.parquet": {"text": [...]}})``: parquet files below a folder."""
+
+    def write(files: dict[str, dict]) -> str:
+        for name, columns in files.items():
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pd.DataFrame(columns).to_parquet(path)
+        return str(tmp_path / "data")
+
+    return write
+
+
+@pytest.mark.parametrize(("seqlen", "nsamples"), [(4, 10), (40, 100), (64, 1)])
+def test_calibration_windows_are_distinct_pieces_of_the_text(tiny_tokenizer, text_file, seqlen, nsamples):
+    windows = get_calibration_data(tiny_tokenizer, nsamples, seqlen, dataset=text_file)
+    assert windows.shape == (nsamples, seqlen)
+    assert windows.dtype == torch.int64
+    starts = [TEXT.index("".join(map(chr, window))) for window in windows.tolist()]  # token id = character code
+    assert len(set(starts)) == nsamples
+    assert all(start % seqlen == 0 for start in starts)
+
+
+def test_calibration_seed(tiny_tokenizer, text_file):
+    first, again, other = (get_calibration_data(tiny_tokenizer, 10, 40, text_file, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    whole = get_evaluation_windows(tiny_tokenizer, text_file, 40)
+    assert not torch.equal(first, whole[:10])  # not simply the beginning
+
+
+def test_evaluation_windows_are_the_text_in_order(tiny_tokenizer, text_file):
+    windows = get_evaluation_windows(tiny_tokenizer, text_file, 300)
+    assert windows.shape == (13, 300)  # 4000 characters: the rest of 100 is left out
+    assert "".join(map(chr, windows.flatten().tolist())) == TEXT[:3900]
+    assert torch.equal(get_evaluation_windows(tiny_tokenizer, text_file, 300, 5), windows[:5])
+
+
+def test_no_bos_is_added(tokenizer, text_file):
+    windows = get_evaluation_windows(tokenizer, text_file, 64)
+    assert tokenizer.decode(windows.flatten())[:200] == TEXT[:200]
+
+
+@pytest.mark.parametrize(("nsamples", "seqlen", "message"), [
+    (11, 400, "calibration text of .*text.txt.* has 4,000 tokens: 10 windows of 400, but 11 were asked for"),
+    (1, 5000, "0 windows of 5000, but 1 were asked for"),
+    (0, 400, "at least 1 window and 2 tokens"),
+    (3, 1, "at least 1 window and 2 tokens"),
+    (-1, 400, "at least 1 window"),
+])  # fmt: skip
+def test_too_little(tiny_tokenizer, text_file, nsamples, seqlen, message):
+    with pytest.raises(ValueError, match=message):
+        get_calibration_data(tiny_tokenizer, nsamples, seqlen, dataset=text_file)
+
+
+@pytest.mark.parametrize("files", [
+    {"test-00000-of-00001.parquet": "test", "train-00000-of-00001.parquet": "train"},
+    {"data/test-00000-of-00001.parquet": "test", "data/train-00000-of-00001.parquet": "train"},
+    {"wikitext-2-raw-v1/test-00000-of-00001.parquet": "test", "wikitext-2-raw-v1/train-00000.parquet": "train",
+     "wikitext-2-raw-v1/validation-00000-of-00001.parquet": "no"},
+    {"test.parquet": "test", "train.parquet": "train", "testimony.parquet": "no", "training.parquet": "no"},
+    {"default/test/0000.parquet": "test", "default/train/0000.parquet": "train"},
+])  # fmt: skip
+def test_folders_in_the_hubs_layout(folder, files):
+    """The hub's own conversion names folders by split, uploads name files by it."""
+    path = folder({name: {"text": [f"{split} one", f"{split} two"], "id": [1, 2]} for name, split in files.items()})
+    assert load_text(path, "test") == "test one\n\ntest two"
+    assert load_text(path, "calibration") == "train one\n\ntrain two"
+
+
+def test_shards_are_read_in_order(folder):
+    path = folder({f"test-{i:05d}-of-00003.parquet": {"text": [f"a{i}", f"b{i}"]} for i in (2, 0, 1)})
+    assert load_text(path, "test") == "a0\n\nb0\n\na1\n\nb1\n\na2\n\nb2"
+
+
+def test_a_changed_file_is_read_anew(folder):
+    load_text(folder({"test.parquet": {"text": ["old"]}}), "test")
+    assert load_text(folder({"test.parquet": {"text": ["something new"]}}), "test") == "something new"
+
+
+@pytest.mark.parametrize(("files", "error", "message"), [
+    ({"a/test-0.parquet": {"text": ["x"]}, "b/test-0.parquet": {"text": ["x"]}}, ValueError,
+     r"several configurations \(a, b\): give the folder of one of them, such as .*data/a"),
+    ({"train.parquet": {"text": ["x"]}}, FileNotFoundError, "has no test split: expected parquet files named test-"),
+    ({"test.parquet": {"content": ["x"], "id": [1]}}, ValueError, "no column 'text': its columns are content, id"),
+])  # fmt: skip
+def test_bad_folders(folder, files, error, message):
+    with pytest.raises(error, match=message):
+        load_text(folder(files), "test")
+
+
+@pytest.mark.parametrize(("content", "error", "message"), [
+    (b"\xff\xfe\x00PAR1\x80", ValueError, "data.bin is not a UTF-8 text file"),
+    (b"", ValueError, "0 tokens: 0 windows of 2048"),
+])  # fmt: skip
+def test_bad_files(tiny_tokenizer, tmp_path, content, error, message):
+    path = tmp_path / "data.bin"
+    path.write_bytes(content)
+    with pytest.raises(error, match=message):
+        get_evaluation_windows(tiny_tokenizer, str(path))
+
+
+@pytest.mark.parametrize("dataset", ["wikitext3", "missing/file.txt", "/no/such/folder"])
+def test_unknown_data_set(dataset):
+    with pytest.raises(FileNotFoundError, match=f"{dataset!r} is unknown. Give 'wiki', 'wikitext2', 'c4'"):
+        load_text(dataset, "test")
+
+
+@pytest.mark.parametrize(("dataset", "repository"), [("wikitext2", "Salesforce/wikitext"), ("c4", "allenai/c4")])
+def test_hub_data_sets_offline_say_what_to_do(tiny_tokenizer, dataset, repository):
+    with pytest.raises(ConnectionError, match=rf"{dataset!r} \({repository}\) .*") as error:
+        load_text(dataset, "test")
+    assert "Offline, give a local copy" in str(error.value)
+
+
+def test_default_data_set_is_never_a_silent_fallback(tiny_tokenizer, tokenizer):
+    """wikitext2 where nothing else is said; the embedded corpus for the embedded model alone."""
+    with pytest.raises(ConnectionError, match="'wikitext2'"):
+        get_calibration_data(tiny_tokenizer, 1, 16)
+    expected = get_evaluation_windows(tokenizer, "wiki", 64, 2)
+    assert torch.equal(get_evaluation_windows(tokenizer, None, 64, 2), expected)
+
+
+def test_the_corpus_has_disjoint_splits():
+    calibration, test = load_text("wiki", "calibration"), load_text("wiki", "test")
+    assert len(calibration) > 2 * len(test) > 500_000
+
+    def paragraphs(text):
+        return {p for p in re.split(r"\n\s*\n", text) if len(p) > 200}
+
+    assert len(paragraphs(test)) > 300
+    assert not paragraphs(calibration) & paragraphs(test)
+    for markup in ("{{", "}}", "<ref", "[[", "{|", "''"):
+        assert test.count(markup) + calibration.count(markup) < 20, markup

@@ -1,0 +1,99 @@
+"""The shape of the house: notebooks tied to config.py, imports without circles, documents that hold."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+from jqlib.config import HELP, KINDS, NOTEBOOKS, ROOT, default_of, make_config
+
+NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+
+
+def read(name):
+    return nbformat.read(NOTEBOOKS / name, as_version=4)
+
+
+def test_there_are_six():
+    assert [name[:2] for name in NAMES] == ["01", "02", "03", "04", "05", "06"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_are_config_fields_with_their_help(name):
+    declared = papermill.inspect_notebook(NOTEBOOKS / name)
+    assert declared
+    for parameter, facts in declared.items():
+        assert parameter in KINDS
+        assert facts["inferred_type_name"] == KINDS[parameter].__name__
+        assert facts["help"] == HELP[parameter]
+        value = ast.literal_eval(facts["default"])
+        if parameter in ("model", "profile"):
+            assert value == {"model": "smollm2-135m", "profile": "quick"}[parameter]
+        else:
+            assert value is None or value == default_of(parameter)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cells_are_short_and_the_last_asserts(name):
+    code = [cell.source for cell in read(name).cells if cell.cell_type == "code"]
+    assert max(source.count("\n") + 1 for source in code) <= 25
+    assert "assert " in code[-1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.yaml")), ids=lambda p: p.name)
+def test_run_files_hold_parameters(path):
+    make_config(yaml.safe_load(path.read_text()))
+
+
+def imports():
+    arrows = {}
+    for path in (ROOT / "jqlib").glob("*.py"):
+        found = re.findall(r"^\s*from jqlib(?:\.(\w+))? import ([\w, ]+)", path.read_text(), re.M)
+        arrows[path.stem] = {m or n.strip() for m, names in found for n in ([m] if m else names.split(","))}
+    return arrows
+
+
+def test_imports_have_no_circle():
+    arrows = imports()
+    arrows.pop("__init__")
+    while arrows:
+        leaves = [name for name, uses in arrows.items() if not uses & arrows.keys()]
+        assert leaves, f"a circle among {sorted(arrows)}"
+        for leaf in leaves:
+            arrows.pop(leaf)
+
+
+def test_the_arrows_of_the_house():
+    arrows = imports()
+    assert not arrows["config"] | arrows["hadamard"] | arrows["objectives"]
+    assert arrows["joint"] <= {"hadamard", "objectives", "baselines"}  # tensors only, no model
+    assert not {"pipeline", "store", "plots"} & set().union(
+        *(arrows[n] for n in ("rotation", "quant", "smooth", "joint"))
+    )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jqlib").glob("*.py")), ids=lambda p: p.name)
+def test_module_names_stand_only_in_the_family_table(path):
+    text = re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.S)  # prose may name them
+    if path.stem not in ("models", "activations"):  # activations' error message shows one as an example
+        assert not re.search(r"\b(q|k|v|o|up|gate|down)_proj\b", re.sub(r"_setting\(.*", "", text))
+    assert path.read_text().count("\n") <= 350
+
+
+def test_importing_has_no_side_effect():
+    code = "import sys, jqlib; sys.exit(any(m in sys.modules for m in ('matplotlib', 'papermill', 'datasets')))"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
+
+
+def test_environment_installs_what_pyproject_says(tmp_path):
+    pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    lines = tmp_path / "requirements.txt"
+    lines.write_text("\n".join(line.replace(" .", f" {ROOT}").replace("-c ", f"-c {ROOT}/") for line in pip))
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "-r", str(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

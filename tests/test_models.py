@@ -1,0 +1,120 @@
+import copy
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from jqlib.models import done, family_of, get_model, get_tokenizer, head_dim_of, layers_of, sites_of
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_saved_model_loads_equal(tiny_model, tmp_path, dtype, biases):
+    model = tiny_model(biases=biases, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    again = get_model(str(tmp_path), dtype=dtype)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    assert not again.training
+    assert not any(p.requires_grad for p in again.parameters())
+    assert done(again) == set()
+
+
+def test_dtype_is_float32_whatever_the_checkpoint_has(tiny_model, tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert {p.dtype for p in get_model(str(tmp_path)).parameters()} == {torch.float32}
+
+
+def test_other_families_are_refused_before_weights_are_read(tmp_path):
+    """The folder has no weights at all: reading them would fail with another message."""
+    GPT2Config(n_layer=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a 'gpt2' model; jqlib supports .*llama"):
+        get_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [get_model, get_tokenizer])
+@pytest.mark.parametrize(("name", "error", "message"), [
+    ("/no/such/model", FileNotFoundError, "model path /no/such/model does not exist"),
+    ("./no-such-model", FileNotFoundError, r"does not exist \(looked at /.*no-such-model\). Give 'smollm2-135m'"),
+    ("~/no-such-model", FileNotFoundError, "does not exist"),
+    ("no/such/model", FileNotFoundError, "does not exist"),
+    ("missing.gguf", FileNotFoundError, "missing.gguf does not exist"),
+    ("no-such-org/no-such-model", OSError, "'no-such-org/no-such-model' could not be had from the Hugging Face hub"),
+    ("smollm-135m", OSError, "'smollm-135m' could not be had .*offline, give a local folder"),
+])  # fmt: skip
+def test_missing_models(load, name, error, message):
+    with pytest.raises(error, match=message):
+        load(name)
+
+
+@pytest.mark.parametrize(("content", "error", "message"), [
+    ({}, FileNotFoundError, "has no config.json: not a model folder"),
+    ({"config.json": json.dumps({"model_type": "llama"})}, OSError, "no file named .*safetensors"),
+    ({"config.json": json.dumps({"model_type": "nonesuch"})}, ValueError, "nonesuch"),
+])  # fmt: skip
+def test_bad_folders(tmp_path, content, error, message):
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=message):
+        get_model(str(tmp_path))
+
+
+def test_a_file_that_is_no_gguf(tmp_path):
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=r"is neither a folder nor a \.gguf file"):
+        get_model(str(tmp_path / "model.bin"))
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_table_names_every_weight_once(tiny_model, biases):
+    """Readers of all sites, embedding, head and norms: nothing of a Llama is missing."""
+    model = tiny_model(biases=biases, layers=3)
+    family, named = family_of(model), set()
+    for layer, site in sites_of(model):
+        for reader in site.readers:
+            assert f"{layer}.{reader}" not in named
+            named.add(f"{layer}.{reader}")
+        if site.norm:
+            named.add(f"{layer}.{site.norm}")
+        else:
+            assert model.get_submodule(f"{layer}.{site.source}").out_features <= model.get_submodule(
+                f"{layer}.{site.readers[0]}").in_features  # fmt: skip
+    named |= {family.embed, family.head, family.final_norm}
+    assert named == {name.rsplit(".", 1)[0] for name in model.state_dict()}
+    assert [name for name, _ in layers_of(model)] == [f"model.layers.{i}" for i in range(3)]
+    assert [site.name for _, site in sites_of(model, "o", "ug")] == ["o", "ug"] * 3
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_head_dim_with_and_without_an_entry_in_the_config(tiny_model, explicit):
+    model = tiny_model()
+    if not explicit:
+        model.config = copy.deepcopy(model.config)
+        model.config.head_dim = None
+    assert head_dim_of(model) == 8
+
+
+def test_what_was_done_belongs_to_one_model(tiny_model):
+    model = tiny_model()
+    done(model).add("fused")
+    twin = copy.deepcopy(model)
+    done(twin).add("rotated")
+    assert done(model) == {"fused"}
+    assert done(twin) == {"fused", "rotated"}
+    assert done(tiny_model()) == set()
+
+
+def test_tokenizer_knows_its_data_set(tiny_tokenizer, tokenizer, tmp_path):
+    assert tokenizer.default_dataset == "wiki"
+    tiny_tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    again = get_tokenizer(str(tmp_path))
+    assert again.default_dataset == "wikitext2"
+    assert again("abc", add_special_tokens=False)["input_ids"] == [97, 98, 99]

@@ -1,0 +1,80 @@
+"""The runner: flags, run files, and what it refuses before anything runs."""
+
+import json
+
+import pytest
+
+from jqlib.__main__ import main, read_run_file, select_notebooks
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What `run` would have been called with."""
+    seen = []
+    monkeypatch.setattr("jqlib.__main__.run", lambda parameters, only: seen.append((parameters, only)) or 0)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--model", "a/b", "--w_bits", "4"], {"model": "a/b", "w_bits": 4}),
+        (["--use_smooth"], {"use_smooth": True}),
+        (["--use_smooth", "False"], {"use_smooth": False}),
+        (["--no-use_smooth"], {"use_smooth": False}),
+        (["--eval_windows", "none"], {"eval_windows": None}),
+        (["--r1_lr", "1e-2", "--smooth_alpha", "1"], {"r1_lr": 0.01, "smooth_alpha": 1.0}),
+    ],
+)
+def test_flags(calls, flags, expected):
+    assert main(["run", *flags]) == 0
+    assert calls == [(expected, None)]
+
+
+def test_a_flag_beats_the_run_file(calls, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: smollm2-135m\nprofile: quick\n")
+    main(["run", "-f", str(file), "--profile", "standard", "--only", "2,05"])
+    assert calls == [({"model": "smollm2-135m", "profile": "standard"}, "2,05")]
+
+
+BAD = [
+    (["--w_bits", "1"], None, "error: w_bits=1: expected a value from 2 to 16"),
+    (["--model", "./nowhere"], None, "error: model path ./nowhere does not exist"),
+    (
+        ["--model", "smollm2-135m", "--only", "07"],
+        None,
+        "error: --only 07: there is no notebook 07; there are 01 to 06",
+    ),
+    ([], "modle: smollm2-135m", "error: unknown parameter 'modle'; there are model"),
+    ([], "- a list", "error: run file "),
+]
+
+
+@pytest.mark.parametrize(("flags", "file", "message"), BAD)
+def test_refused_before_anything_runs(flags, file, message, tmp_path, capsys):
+    if file:
+        (tmp_path / "run.yaml").write_text(file)
+        flags = [*flags, "-f", str(tmp_path / "run.yaml")]
+    assert main(["run", *flags, "--output_dir", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_run_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run file .*nope\.yaml does not exist"):
+        read_run_file(tmp_path / "nope.yaml")
+
+
+def test_only_chooses_by_number():
+    assert [path.name[:2] for path in select_notebooks("5, 02")] == ["02", "05"]
+
+
+def test_report_prints_all_models(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    row = {"method": "rtn", "w_bits": 4, "a_bits": 4, "ppl": 9.5, "ppl_low": 9, "ppl_high": 10, "seconds": 3}
+    for model in ("a", "b"):
+        (tmp_path / model / "results").mkdir(parents=True)
+        (tmp_path / model / "results" / "05_w4a4_eval.json").write_text(json.dumps({"rows": [row]}))
+    assert main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("9.50") == 2
