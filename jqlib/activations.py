@@ -22,10 +22,10 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor) -> "Moments":
         """``x``: (tokens, features)."""
-        x = x.float()
+        x = x.double()
         square = x * x
         sums = torch.stack([x.sum(0), square.sum(0), (square * x).sum(0), (square * square).sum(0)])
-        return cls(len(x), sums.double().cpu(), x.abs().amax(0).cpu())
+        return cls(len(x), sums.cpu(), x.abs().amax(0).float().cpu())
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.tokens + other.tokens, self.sums + other.sums, torch.maximum(self.absmax, other.absmax))

@@ -46,7 +46,8 @@ def greedy(layers, start: Tensor, objective, max_steps, seed: int, record, minim
     """
     R = start
     for x in layers:
-        R = minimise(x[None], R, objective, record=lambda *_: None, max_steps=max_steps or GREEDY_STEPS, seed=seed)
+        x = x if x.ndim == 3 else x[None]
+        R = minimise(x, R, objective, record=lambda *_: None, max_steps=max_steps or GREEDY_STEPS, seed=seed)
         record(R)
     return R
 

@@ -39,7 +39,7 @@ def get_calibration_data(tokenizer, nsamples: int = 128, seqlen: int = 2048, dat
 
 def get_evaluation_windows(tokenizer, dataset: str | None = None, seqlen: int = 2048, max_windows: int | None = None):
     """The first ``max_windows`` (None: all) windows of the test split: int64, (windows, seqlen)."""
-    return _windows(tokenizer, dataset, "test", seqlen, max_windows or 1)[:max_windows]
+    return _windows(tokenizer, dataset, "test", seqlen, 1 if max_windows is None else max_windows)[:max_windows]
 
 
 def load_text(dataset: str, split: str) -> str:

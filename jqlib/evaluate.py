@@ -1,7 +1,5 @@
 """Perplexity with an interval."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,10 +23,14 @@ class Perplexity(float):
     high: float
 
     def __new__(cls, nll: list[float]):
-        self = super().__new__(cls, math.exp(sum(nll) / len(nll)))
-        self.nll = nll
-        self.low, self.high = (math.exp(x) for x in _bootstrap(torch.tensor(nll)))
+        value = sum(nll) / len(nll)
+        low, high = _bootstrap(torch.tensor(nll, dtype=torch.double))
+        self = super().__new__(cls, _exp(value))
+        self.nll, self.low, self.high = nll, min(_exp(low), self), max(_exp(high), self)
         return self
+
+    def __getnewargs__(self):
+        return (self.nll,)
 
     def __repr__(self) -> str:
         return f"{float(self):.2f} [{self.low:.2f}, {self.high:.2f}]"
@@ -36,7 +38,9 @@ class Perplexity(float):
 
 def paired_interval(a: list[float], b: list[float]) -> tuple[float, float, float]:
     """ln(PPL_a / PPL_b) from the windows' NLL, and its 95% paired bootstrap interval: (value, low, high)."""
-    difference = torch.tensor(a) - torch.tensor(b)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} windows: a paired interval needs the same windows for both")
+    difference = torch.tensor(a, dtype=torch.double) - torch.tensor(b, dtype=torch.double)
     return difference.mean().item(), *_bootstrap(difference)
 
 
@@ -69,6 +73,11 @@ def window_nll(model: nn.Module, window: Tensor) -> float:
         for rows, labels in zip(logits.split(ROWS), window[1:].split(ROWS), strict=True)
     ]
     return (sum(losses) / len(logits)).item()
+
+
+def _exp(nll: float) -> float:
+    """Infinite where exp overflows."""
+    return torch.tensor(nll, dtype=torch.double).exp().item()
 
 
 def _bootstrap(values: Tensor) -> tuple[float, float]:

@@ -34,7 +34,7 @@ def hadamard_matrix(n: int) -> Tensor:
 def hadamard_transform(x: Tensor) -> Tensor:
     """``x @ hadamard_matrix(n) / sqrt(n)`` along the last axis, (..., n), at the cost of the small factors."""
     n = x.shape[-1]
-    y = x.reshape(-1, n)
+    y = x.reshape(-1, n).contiguous()
     block = 1  # what follows the axis of the current factor
     for order in reversed(factors(n)):
         H = _base(order).to(y) / order**0.5

@@ -100,6 +100,12 @@ def train_r2_independent(
         if smooth_scale and name in smooth_scale:
             x = x / smooth_scale[name].view(num_kv_heads, 1, -1)
         heads.append(x.permute(1, 0, 2, 3).flatten(1, 2))  # (kv, tokens · group, d)
+    if not heads:
+        raise ValueError("R2 needs the inputs of the o_proj; got no activations")
+    if len({x.shape[1] for x in heads}) > 1:
+        raise ValueError(
+            f"R2 is solved in one batch: every module needs as many tokens, got {[len(x) for x in r2_acts.values()]}"
+        )
     X = torch.cat(heads).to(device)  # (layers · kv, tokens · group, d)
     start = torch.stack([initial_rotation(X.shape[-1], init_mode, seed + i) for i in range(len(X))]).to(device)
     R = _solve([X], start, solver, objective, lr, epochs, max_steps, seed, history).cpu()
@@ -130,19 +136,24 @@ def polar(M: Tensor) -> Tensor:
 
 
 def nearby_polar(M: Tensor) -> Tensor:
-    """`polar` for an M that is nearly a rotation, by Newton–Schulz: products only."""
-    for _ in range(10):
-        if orthogonality_error(M) < 1e-6:
-            return M
-        M = 1.5 * M - 0.5 * M @ (M.mT @ M)
-    return M if orthogonality_error(M) < 1e-6 else polar(M)
+    """`polar` for an M that is not far from a rotation, by Newton–Schulz: products only."""
+    bound = (M.mT @ M).abs().sum(-1).amax(-1).sqrt()  # of the largest singular value; scaling keeps the polar factor
+    R = M / bound[..., None, None]
+    for _ in range(15):
+        R = 1.5 * R - 0.5 * R @ (R.mT @ R)
+        if orthogonality_error(R) < 1e-6:
+            return R
+    return polar(M)
 
 
 class Recorder:
-    """Fills ``history``. The time it spends on measuring the loss over all tokens is not counted."""
+    """Fills ``history``. The time it spends on measuring the loss over all tokens is not counted.
 
-    def __init__(self, history: list[dict] | None, layers: list[Tensor], objective: Objective):
-        self.history, self.layers, self.objective = history, layers, objective
+    ``falling``: a step counts only if it is the lowest so far (one on a sample may raise the loss over all tokens).
+    """
+
+    def __init__(self, history: list[dict] | None, layers: list[Tensor], objective: Objective, falling: bool):
+        self.history, self.layers, self.objective, self.falling = history, layers, objective, falling
         self.start = time.perf_counter()
 
     def __call__(self, R: Tensor, loss: float | None = None) -> None:
@@ -150,12 +161,14 @@ class Recorder:
         if self.history is None:
             return
         now = time.perf_counter()
-        self.history.append({
-            "step": len(self.history),
-            "seconds": now - self.start,
-            "loss": self._loss(R) if loss is None else loss,
-            "orthogonality": orthogonality_error(R),
-        })  # fmt: skip
+        loss = self._loss(R) if loss is None else loss
+        if not (self.falling and self.history) or loss <= self.history[-1]["loss"]:
+            self.history.append({
+                "step": len(self.history),
+                "seconds": now - self.start,
+                "loss": loss,
+                "orthogonality": orthogonality_error(R),
+            })  # fmt: skip
         self.start += time.perf_counter() - now
 
     def _loss(self, R: Tensor) -> float:
@@ -176,13 +189,16 @@ def minimise(
 
     The first steps use a growing random sample of the tokens, the last ones all of them.
     """
-    steps = MAX_STEPS if max_steps is None else max_steps
+    start, steps = R, MAX_STEPS if max_steps is None else max_steps
     order = torch.randperm(X.shape[1], generator=torch.Generator().manual_seed(seed)).to(X.device)
     sizes = [X.shape[1] // share for share in (16, 4) if X.shape[1] // share >= 8 * X.shape[-1]]
     with tqdm(total=steps, desc="rotation", unit="step") as bar:
         for size in sizes:
             sample = X[:, order[:size]]
-            R, steps = _descend(sample, R, objective, steps, 20 * TOLERANCE, lambda R, loss: record(R), bar)
+            R, steps = _descend(sample, R, objective, steps, 20 * TOLERANCE, lambda R, _: record(R), bar)
+        if sizes:  # what helped the samples must have helped ALL tokens
+            better = mean_loss(X, R, objective)[0] <= mean_loss(X, start, objective)[0]
+            R = torch.where(better[:, None, None], R, start)
         R, _ = _descend(X, R, objective, steps, TOLERANCE, record, bar)
     return R
 
@@ -194,7 +210,7 @@ def _descend(X, R, objective, steps: int, tolerance: float, record, bar) -> tupl
     diagonal += RIDGE * diagonal.mean(1, keepdim=True)
     loss, gradient = mean_loss(X, R, objective)
     pull = (gram @ R).norm(dim=(1, 2)).clamp(min=1e-20)
-    damping = (gradient.norm(dim=(1, 2)) / pull).clamp(min=1e-6)[:, None, None]  # λ
+    damping = (gradient.double().norm(dim=(1, 2)) / pull).float().clamp(min=1e-6)[:, None, None]  # λ
     previous, momentum = R, torch.zeros_like(damping)  # momentum: accepted steps in a row
     while steps > 0:
         steps -= 1
@@ -215,7 +231,7 @@ def _descend(X, R, objective, steps: int, tolerance: float, record, bar) -> tupl
         if better.any():
             record(R, loss.mean().item())
         plain = ~better & (beta.flatten() == 0)  # a plain step failed: λ has doubled
-        stuck = plain & (damping.flatten() > 1e4 * gradient.norm(dim=(1, 2)) / pull)
+        stuck = plain & (damping.flatten() > 1e4 * gradient.double().norm(dim=(1, 2)) / pull)
         if (stuck | (better & (gain < tolerance))).all():
             break
     return R, steps
@@ -225,7 +241,7 @@ def _solve(layers, start, solver, objective, lr, epochs, max_steps, seed, histor
     function = get_objective(objective)
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
-    record = Recorder(history, layers, function)
+    record = Recorder(history, layers, function, falling=solver == "mm")
     record(start)
     if max_steps == 0:
         return start

@@ -88,12 +88,12 @@ def what_4_bits_sees(tokens: Mapping[str, np.ndarray], bits: int = 4) -> Figure:
 def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str, log: bool = True) -> Figure:
     """One line a name over the layers."""
     with plt.style.context(STYLE):
-        figure, axis = plt.subplots(figsize=(7.5, 3.8))
+        figure, axis = plt.subplots(figsize=(7.5, 4.3))
         for name, values in columns.items():
             axis.plot(range(len(values)), values, marker="o", ms=3, label=name)
         axis.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(ncol=2)
+        figure.legend(loc="outside lower center", ncol=2)
         return figure
 
 

@@ -25,6 +25,8 @@ def fuse_layer_norms(model: nn.Module) -> None:
     """
     if "fused" in done(model):
         raise RuntimeError("the norms of this model are fused already: fuse_layer_norms runs once, on a fresh model")
+    if "quantized" in done(model):
+        raise RuntimeError("this model is quantised already: fuse and rotate it before")
     family = family_of(model)
     _untie(model)
     readers_of = {
@@ -60,6 +62,8 @@ def rotate_model(
         raise RuntimeError("rotate_model needs a model whose norms are fused: call fuse_layer_norms(model) before it")
     if "rotated" in done(model):
         raise RuntimeError("this model is rotated already: load it again to rotate it another way")
+    if "quantized" in done(model):
+        raise RuntimeError("this model is quantised already: rotate it before")
     _check_rotations(model, R1, R2)
     if r4:
         factors(model.config.intermediate_size)  # raises where no Hadamard matrix has that size

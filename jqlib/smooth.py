@@ -55,6 +55,9 @@ def apply_smoothing(model: nn.Module, scales: dict[str, Tensor]) -> None:
     """Divide the producers of each site by its scales, multiply the readers' columns: logits stay what they were."""
     if "smoothed" in done(model):
         raise RuntimeError("this model is smoothed already: load it again to smooth it with other scales")
+    if "quantized" in done(model):
+        raise RuntimeError("this model is quantised already: smooth it before")
+    _check_scales(model, scales)
     for layer, site in sites_of(model):
         name = f"{layer}.{site.readers[0]}"
         if name not in scales:
@@ -70,6 +73,19 @@ def apply_smoothing(model: nn.Module, scales: dict[str, Tensor]) -> None:
             columns = expand_to_heads(model, scale, linear.in_features)
             linear.weight.data = (linear.weight.double() * columns).to(linear.weight.dtype)
     done(model).add("smoothed")
+
+
+def _check_scales(model: nn.Module, scales: dict[str, Tensor]) -> None:
+    sites = {f"{layer}.{site.readers[0]}": (layer, site) for layer, site in sites_of(model)}
+    for name, scale in scales.items():
+        if name not in sites:
+            raise ValueError(f"smoothing scales name {name!r}; expected names such as {next(iter(sites))!r}")
+        layer, site = sites[name]
+        if site.norm and "fused" in done(model):
+            raise ValueError(f"scales of {name} belong into a norm, and this model's norms are fused: smooth it before")
+        channels = len(model.get_submodule(f"{layer}.{site.norm or site.source}").weight)
+        if scale.shape != (channels,) or not (torch.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"scales of {name}: expected {channels} positive numbers, got shape {tuple(scale.shape)}")
 
 
 def _share(model: nn.Module, values: Tensor, channels: int) -> Tensor:

@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 
-from jqlib.joint import initial_rotation, minimise, orthogonality_error, polar, train_r1_joint
+from jqlib.joint import initial_rotation, minimise, nearby_polar, orthogonality_error, polar, train_r1_joint
 from jqlib.objectives import OBJECTIVES, get_objective, mean_loss
 
 N, LAYERS = 16, 4
@@ -124,7 +124,7 @@ def test_greedy_warm_starts_each_layer_from_the_one_before():
     R = train_r1_joint(acts, N, LAYERS, solver="greedy", max_steps=5, seed=1, history=history)
     by_hand = initial_rotation(N, "hadamard", 1)[None]
     for x in acts.values():
-        by_hand = minimise(x[None], by_hand, get_objective("whip"), record=lambda R: None, max_steps=5, seed=1)
+        by_hand = minimise(x[None], by_hand, get_objective("whip"), record=lambda *_: None, max_steps=5, seed=1)
     torch.testing.assert_close(R, by_hand[0])
     assert len(history) == LAYERS + 1
     backwards = dict(reversed(acts.items()))
@@ -191,3 +191,12 @@ def test_polar_is_the_nearest_rotation(kind, orthogonal):
         assert torch.all(inner >= (other * M).sum((1, 2)) - 1e-5 * M.abs().amax())
     nuclear = torch.linalg.svdvals(M.double()).sum(-1)
     torch.testing.assert_close(inner.double(), nuclear, rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("stretch", [0.5, 1.01, 1.7, 1.9, 2.2, 2.8, 10.0])
+def test_nearby_polar_equals_polar_however_far(stretch, orthogonal):
+    """An extrapolation by beta = 0.9 has singular values up to 2.8, where plain Newton–Schulz diverges or flips."""
+    scale = torch.ones(12)
+    scale[::3] = stretch
+    M = orthogonal(12, 0, torch.float32) * scale
+    torch.testing.assert_close(nearby_polar(M), polar(M), rtol=0, atol=1e-5)

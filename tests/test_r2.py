@@ -47,7 +47,7 @@ def test_batched_heads_equal_each_head_alone(init_mode, smoothed):
         for kv in range(KV):
             X = head_data(acts[name], kv, smooth and smooth[name])[None]
             start = initial_rotation(D, init_mode, 7 + i * KV + kv)[None]
-            alone = minimise(X, start, get_objective("whip"), record=lambda R: None, max_steps=3)
+            alone = minimise(X, start, get_objective("whip"), record=lambda *_: None, max_steps=3)
             torch.testing.assert_close(R2[name][kv], alone[0], rtol=0, atol=1e-3)
 
 
