@@ -36,15 +36,14 @@ def main(argv: list[str] | None = None) -> int:
 def run(parameters: dict, only: str | None = None) -> int:
     """Execute the notebooks with these parameters (None: not given); outputs land in the config's folder."""
     import papermill
-
-    from jqlib.models import get_tokenizer, load_config
+    from papermill.exceptions import PapermillExecutionError
 
     if "output_dir" in parameters:  # relative to where the user stands
         parameters["output_dir"] = str(Path(parameters["output_dir"]).expanduser().absolute())
     config = make_config(parameters)
     notebooks = select_notebooks(only)
     declared = {path: set(papermill.inspect_notebook(path)) for path in notebooks}
-    load_config(config.model), get_tokenizer(config.model)  # a wrong model fails here
+    check_inputs(config)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     config.folder.mkdir(parents=True, exist_ok=True)
     given = {"profile": config.profile, "model": config.model} | parameters
@@ -52,15 +51,33 @@ def run(parameters: dict, only: str | None = None) -> int:
     for path in notebooks:
         print(f"{path.stem} -> {config.folder / path.name}", flush=True)
         start = time.perf_counter()
-        papermill.execute_notebook(
-            path, config.folder / path.name, {k: v for k, v in given.items() if k in declared[path]},
-            kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(),
-        )  # fmt: skip
-        print(f"{path.stem} took {time.perf_counter() - start:.0f} s", flush=True)
+        try:
+            notebook = papermill.execute_notebook(
+                path, config.folder / path.name, {k: v for k, v in given.items() if k in declared[path]},
+                kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(),
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            print(f"error: {path.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
+            print(f"The notebook as far as it came: {config.folder / path.name}", file=sys.stderr)
+            return 1
+        outputs = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
+        reused = sum(text.count("reusing ") for text in outputs)
+        print(f"{path.stem} took {time.perf_counter() - start:.0f} s, {reused} artifacts reused", flush=True)
         executed.append(config.folder / path.name)
     write_html(executed, config.folder / "report.html")
     print(f"report: {config.folder / 'report.html'}")
     return 0
+
+
+def check_inputs(config: Config) -> None:
+    """A model that is missing or not supported, or a text too short, fails here and not after an hour."""
+    from jqlib.data import get_evaluation_windows
+    from jqlib.models import get_tokenizer, load_config
+    from jqlib.pipeline import load_calibration
+
+    load_config(config.model)
+    load_calibration(config)
+    get_evaluation_windows(get_tokenizer(config.model), config.eval_dataset, config.seqlen, config.eval_windows)
 
 
 def select_notebooks(only: str | None) -> list[Path]:

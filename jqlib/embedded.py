@@ -17,6 +17,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ET
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,20 +139,16 @@ def _check(path: Path, wheel: Wheel) -> None:
         )
 
 
-class _building:
-    """A temporary sibling folder, renamed to ``folder`` only when the block ends well."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __enter__(self) -> Path:
-        self.tmp = Path(tempfile.mkdtemp(dir=self.folder.parent, prefix=self.folder.name))
-        return self.tmp
-
-    def __exit__(self, error, *_):
-        if error is None and not self.folder.exists():
-            os.replace(self.tmp, self.folder)
-        shutil.rmtree(self.tmp, ignore_errors=True)
+@contextmanager
+def _building(folder: Path):
+    """A temporary sibling of ``folder``, renamed to it only when the block ends well."""
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
+    try:
+        yield temporary
+        if not folder.exists():  # another process may have been faster
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _extract(wheel: Path, member: str, to: Path) -> Path:

@@ -46,6 +46,12 @@ BAD = [
         None,
         "error: --only 07: there is no notebook 07; there are 01 to 06",
     ),
+    (
+        ["--model", "smollm2-135m", "--eval_windows", "9999"],
+        None,
+        "error: the test text of 'wiki' has 138,793 tokens: ",
+    ),
+    (["--model", "smollm2-135m", "--calib_dataset", "nope.txt"], None, "error: data set 'nope.txt' is unknown"),
     ([], "modle: smollm2-135m", "error: unknown parameter 'modle'; there are model"),
     ([], "- a list", "error: run file "),
 ]
