@@ -45,8 +45,8 @@ def activations(config: Config, *names: str) -> tuple[dict[str, Tensor], float]:
         return acts, {"sites": {name: site_targets(model, name) for name in sites}}
 
     acts, values = artifact(config.folder, "activations", _depends(config, "max_tokens"), make)
-    wanted = {target for name in names for target in values["sites"][name]}
-    return {name: x for name, x in acts.items() if name in wanted}, values["seconds"]
+    layers = zip(*(values["sites"][name] for name in names), strict=True)  # a file forgets the model's order
+    return {target: acts[target] for layer in layers for target in layer}, values["seconds"]
 
 
 def r1(config: Config, solver: str) -> tuple[Tensor, dict]:

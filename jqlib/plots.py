@@ -124,6 +124,13 @@ def intervals(
         if line:
             axis.axvline(line, color="k", ls="--", lw=1)
             axis.text(line, -0.75, " FP", va="center")
-        axis.set(xscale="log", xlabel=xlabel, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.4, -1))
+        axis.set(
+            xscale="log",
+            xlabel=xlabel,
+            yticks=range(len(names)),
+            yticklabels=names,
+            ylabel=label,
+            ylim=(len(names) - 0.4, -1),
+        )
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=len(kinds))
         return figure

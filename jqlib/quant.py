@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jqlib.models import done, head_dim_of, sites_of
 
 OFF = 16  # bits that mean "leave in floating point"
-ROWS = 16  # rows of a weight rounded at a time: the clip search stays in the processor's cache
+BLOCK = 2**17  # weights rounded at a time: the clip search stays in the processor's cache
 CLIPS = [1 - 0.025 * i for i in range(29)]  # clip ratios 1.00 … 0.30 searched for a weight group
 
 
@@ -25,7 +25,7 @@ def quantize_weight(weight: Tensor, bits: int = 4, groupsize: int = 128) -> Tens
     ``groupsize`` does not divide ``in``.
     """
     rounded = []
-    for rows in weight.float().split(ROWS):
+    for rows in weight.float().split(max(1, BLOCK // weight.shape[1])):
         groups = _grouped(rows, groupsize)  # (rows, groups, groupsize)
         rounded.append(_ungrouped(round_symmetric(groups, weight_scale(groups, bits), bits), rows))
     return torch.cat(rounded)

@@ -1,0 +1,47 @@
+"""The steps in order, on a model folder and a text file that the tests write."""
+
+import pytest
+import torch
+
+from jqlib import pipeline
+from jqlib.config import RECIPES, make_config
+from jqlib.models import site_targets
+
+
+@pytest.fixture
+def config(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """A model of 12 layers and a text in files, and few tokens of it."""
+    monkeypatch.delenv("JOINTQUANT_OUTPUT", raising=False)
+    tiny_model(layers=12).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    names = {"model": "model", "calib_dataset": "text.txt", "eval_dataset": "text.txt", "output_dir": "out"}
+    small = {"profile": "quick", "nsamples": 2, "seqlen": 64, "max_tokens": 64, "eval_windows": 2}
+    return make_config({name: str(tmp_path / file) for name, file in names.items()} | small)
+
+
+def test_activations_come_in_the_models_order_made_or_reused(config):
+    """Files sort their names (layers.10 before layers.2); pictures by layer and R2's seeds need the model's order."""
+    model = pipeline.load_model(config)
+    expected = site_targets(model, "qkv", "ug")
+    made, _ = pipeline.activations(config, "qkv", "ug")
+    reused, _ = pipeline.activations(config, "qkv", "ug")
+    assert list(made) == list(reused) == expected
+    assert all(torch.equal(made[name], reused[name]) for name in made)
+
+
+@pytest.mark.parametrize("name", ["rtn", "smoothquant", "quarot", "dartquant-r2", "jointquant"])
+def test_every_recipe_keeps_the_model_until_it_rounds(config, name):
+    ids = pipeline.load_calibration(config)[:1, :64]
+    expected = pipeline.load_model(config)(ids).logits
+    model, seconds = pipeline.transform(config, RECIPES[name])
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-4)
+    assert seconds >= 0
+
+
+def test_evaluations_are_kept(config, capsys):
+    first = pipeline.evaluate(config, RECIPES["quarot"], 4, 4)
+    again = pipeline.evaluate(config, RECIPES["quarot"], 4, 4)
+    assert first == again
+    assert "reusing evaluation" in capsys.readouterr().out
+    assert first["ppl"] != pipeline.evaluate(config, None, 16, 16)["ppl"]
