@@ -154,7 +154,7 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
     depends = _depends(config, *names) if recipe is not None else _depends(config)
     depends |= {name: getattr(config, name) for name in ("eval_windows", "w_groupsize")}
     depends["eval_dataset"] = path_fingerprint(config.eval_dataset or "default")
-    depends |= {"recipe": vars(recipe) if recipe else None, "w_bits": w_bits, "a_bits": a_bits}
+    depends |= {"recipe": _method(recipe), "w_bits": w_bits, "a_bits": a_bits}
     values = artifact(config.folder, "evaluation", depends, make)[1]
     bits = {"weights": "rtn" if w_bits < 16 else "none", "w_bits": w_bits, "a_bits": a_bits, "kv_bits": 16}
     return bits | {name: value for name, value in values.items() if name != "reused"}
@@ -171,7 +171,7 @@ def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
         return {}, {"kurtosis": {name: m.kurtosis for name, m in moments.items()}}
 
     names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
-    depends = _depends(config, *names) | {"recipe": vars(recipe) if recipe else None}
+    depends = _depends(config, *names) | {"recipe": _method(recipe)}
     return artifact(config.folder, "kurtosis", depends, make)[1]["kurtosis"]
 
 
@@ -184,6 +184,11 @@ def protocol(config: Config) -> dict:
         "bos": False, "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
         "not_quantised": "embeddings, lm_head, KV cache",
     }  # fmt: skip
+
+
+def _method(recipe: Recipe | None) -> dict | None:
+    """What a recipe does, whatever it is called."""
+    return {name: value for name, value in vars(recipe).items() if name != "label"} if recipe else None
 
 
 def _row(ppl: Perplexity) -> dict:
