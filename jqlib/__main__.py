@@ -15,7 +15,7 @@ from jqlib.config import HELP, KINDS, NOTEBOOKS, OPTIONAL, Config, default_of, m
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jqlib", description="JointQuant: W4A4 by one joint rotation.")
     commands = parser.add_subparsers(dest="command", required=True)
-    run_parser = commands.add_parser("run", help="run the notebooks on a model")
+    run_parser = commands.add_parser("run", help="run the notebooks on a model", allow_abbrev=False)
     run_parser.add_argument("-f", "--file", type=Path, help="run file: YAML with any of the parameters below")
     run_parser.add_argument("--only", help="notebooks to run, by number: 02,05")
     for name in KINDS:

@@ -31,6 +31,13 @@ def test_flags(calls, flags, expected):
     assert calls == [(expected, None)]
 
 
+def test_a_misspelt_flag_is_refused(calls, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--w_bit", "4"])
+    assert "unrecognized arguments: --w_bit 4" in capsys.readouterr().err
+    assert not calls
+
+
 def test_a_flag_beats_the_run_file(calls, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("model: smollm2-135m\nprofile: quick\n")
