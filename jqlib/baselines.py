@@ -15,14 +15,16 @@ def sgd(layers, start: Tensor, objective, lr: float, epochs: int, max_steps, see
     (B, n, n). The tokens of all layers are pooled and cut into 12 minibatches an epoch, drawn once:
     its sampler yields the same subset in every epoch.
     """
-    X = layers[0] if layers[0].ndim == 3 else torch.cat(layers)[None]  # (B, tokens, n)
+    X = torch.cat(layers, dim=1)  # (B, tokens, n)
     batches = (
         torch.randperm(X.shape[1], generator=torch.Generator().manual_seed(seed)).to(X.device).tensor_split(BATCHES)
     )
     batches = [batch for batch in batches if len(batch)]
     Z = start.clone().requires_grad_()
     optimiser = torch.optim.SGD([Z], lr=lr, momentum=0.9)
-    steps = min(epochs * len(batches), epochs * len(batches) if max_steps is None else max_steps)
+    steps = epochs * len(batches)
+    if max_steps is not None:
+        steps = min(steps, max_steps)
     for step in tqdm(range(steps), "rotation (SGD)", unit="step"):
         R = _q_factor(Z)
         value, _ = objective(X[:, batches[step % len(batches)]] @ R)
@@ -46,7 +48,6 @@ def greedy(layers, start: Tensor, objective, max_steps, seed: int, record, minim
     """
     R = start
     for x in layers:
-        x = x if x.ndim == 3 else x[None]
         R = minimise(x, R, objective, record=lambda *_: None, max_steps=max_steps or GREEDY_STEPS, seed=seed)
         record(R)
     return R

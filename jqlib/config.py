@@ -8,7 +8,7 @@ the field's default (the specification's).
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -168,4 +168,4 @@ def slug(model: str) -> str:
 
 def default_of(name: str):
     """A field's default: the specification's."""
-    return next(f.default for f in fields(Config) if f.name == name and f.default is not MISSING)
+    return getattr(Config, name)

@@ -62,7 +62,7 @@ def train_r1_joint(
                          f"{', '.join(acts)}")  # fmt: skip
     for name, x in acts.items():
         _check(name, x, hidden_size)
-    layers = [x.float().to(device) for x in acts.values()]
+    layers = [x.float().to(device)[None] for x in acts.values()]  # (1, tokens, n) each
     start = initial_rotation(hidden_size, init_mode, seed)[None].to(device)
     return _solve(layers, start, solver, objective, lr, epochs, max_steps, seed, history)[0].cpu()
 
@@ -172,9 +172,8 @@ class Recorder:
         self.start += time.perf_counter() - now
 
     def _loss(self, R: Tensor) -> float:
-        parts = [x if x.ndim == 3 else x[None] for x in self.layers]  # (B, tokens, n)
-        total = sum(mean_loss(x, R, self.objective)[0].mean().item() * x.shape[1] for x in parts)
-        return total / sum(x.shape[1] for x in parts)
+        total = sum(mean_loss(x, R, self.objective)[0].mean().item() * x.shape[1] for x in self.layers)
+        return total / sum(x.shape[1] for x in self.layers)
 
 
 def orthogonality_error(R: Tensor) -> float:
@@ -238,6 +237,7 @@ def _descend(X, R, objective, steps: int, tolerance: float, record, bar) -> tupl
 
 
 def _solve(layers, start, solver, objective, lr, epochs, max_steps, seed, history) -> Tensor:
+    """``layers``: the data, a list of (B, tokens, n); ``start``: (B, n, n)."""
     function = get_objective(objective)
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
@@ -250,8 +250,7 @@ def _solve(layers, start, solver, objective, lr, epochs, max_steps, seed, histor
     log.warning("solver=%r needs no learning rate: lr and epochs have no effect", solver)
     if solver == "greedy":
         return baselines.greedy(layers, start, function, max_steps, seed, record, minimise)
-    X = layers[0] if layers[0].ndim == 3 else torch.cat(layers)[None]
-    return minimise(X, start, function, record=record, max_steps=max_steps, seed=seed)
+    return minimise(torch.cat(layers, dim=1), start, function, record=record, max_steps=max_steps, seed=seed)
 
 
 def _check(name: str, x: Tensor, features: int) -> None:

@@ -150,11 +150,11 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
         )  # fmt: skip
         return {}, _row(ppl) | {"calibration_seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
 
-    names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
-    depends = _depends(config, *names) if recipe is not None else _depends(config)
-    depends |= {name: getattr(config, name) for name in ("eval_windows", "w_groupsize")}
+    depends = _recipe_depends(config, recipe) | {
+        name: getattr(config, name) for name in ("eval_windows", "w_groupsize")
+    }
     depends["eval_dataset"] = path_fingerprint(config.eval_dataset or "default")
-    depends |= {"recipe": _method(recipe), "w_bits": w_bits, "a_bits": a_bits}
+    depends |= {"w_bits": w_bits, "a_bits": a_bits}
     values = artifact(config.folder, "evaluation", depends, make)[1]
     bits = {"weights": "rtn" if w_bits < 16 else "none", "w_bits": w_bits, "a_bits": a_bits, "kv_bits": 16}
     return bits | {name: value for name, value in values.items() if name != "reused"}
@@ -170,9 +170,7 @@ def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
         collect_activations(model, windows, site_targets(model), config.device, 1, raw=True, moments=moments)
         return {}, {"kurtosis": {name: m.kurtosis for name, m in moments.items()}}
 
-    names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
-    depends = _depends(config, *names) | {"recipe": _method(recipe)}
-    return artifact(config.folder, "kurtosis", depends, make)[1]["kurtosis"]
+    return artifact(config.folder, "kurtosis", _recipe_depends(config, recipe), make)[1]["kurtosis"]
 
 
 def protocol(config: Config) -> dict:
@@ -186,9 +184,13 @@ def protocol(config: Config) -> dict:
     }  # fmt: skip
 
 
-def _method(recipe: Recipe | None) -> dict | None:
-    """What a recipe does, whatever it is called."""
-    return {name: value for name, value in vars(recipe).items() if name != "label"} if recipe else None
+def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
+    """What a model under a recipe (None: the FP model) depends on: what the recipe does, whatever it is called."""
+    if recipe is None:
+        return _depends(config) | {"recipe": None}
+    names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
+    does = {name: value for name, value in vars(recipe).items() if name != "label"}
+    return _depends(config, *names) | {"recipe": does}
 
 
 def _row(ppl: Perplexity) -> dict:
