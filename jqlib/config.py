@@ -31,12 +31,12 @@ class Config:
     seqlen: int = _setting(2048, "tokens a window, in calibration and in evaluation")
     max_tokens: int = _setting(2048, "tokens a site that the solvers see")
     eval_windows: int | None = _setting(None, "windows of the test text; None is all of them")
-    r1_lr: float = _setting(1e-3, "learning rate of solver sgd for R1; the joint solver needs none")
-    r1_epochs: int = _setting(10, "epochs of solver sgd for R1")
-    r2_lr: float = _setting(1e-3, "learning rate of solver sgd for R2")
-    r2_epochs: int = _setting(5, "epochs of solver sgd for R2")
-    solver: str = _setting("mm", "R1's and R2's solver: mm (joint), sgd (DartQuant's) or greedy")
-    objective: str = _setting("whip", "what a rotation minimises: whip, range or kurtosis")
+    r1_lr: float = _setting(1e-3, "learning rate for R1 of sgd, adam and cayley; the joint solver needs none")
+    r1_epochs: int = _setting(10, "epochs for R1 of sgd, adam and cayley")
+    r2_lr: float = _setting(1e-3, "learning rate for R2 of sgd, adam and cayley")
+    r2_epochs: int = _setting(5, "epochs for R2 of sgd, adam and cayley")
+    solver: str = _setting("mm", "R1's and R2's solver: mm (joint), sgd (DartQuant's), adam, cayley or greedy")
+    objective: str = _setting("whip", "what a rotation minimises: whip, range, kurtosis, lp or quant_error")
     init_mode: str = _setting("hadamard", "start of R1 and R2: hadamard, random or identity")
     use_smooth: bool = _setting(True, "smooth the inputs of o_proj and down_proj")
     smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
@@ -118,8 +118,8 @@ LIMITS = [
 CHOICES = {
     "profile": tuple(PROFILES),
     "recipe": tuple(RECIPES),
-    "solver": ("mm", "sgd", "greedy"),
-    "objective": ("whip", "range", "kurtosis"),
+    "solver": ("mm", "sgd", "adam", "cayley", "greedy"),
+    "objective": ("whip", "range", "kurtosis", "lp", "quant_error"),
     "init_mode": ("hadamard", "random", "identity"),
     "dtype": ("float32", "bfloat16", "float16"),
 }

@@ -1,38 +1,25 @@
-"""Joint R1, and R2: a learning-rate-free solver on the orthogonal group.
+"""Joint R1, and R2: rotations found on the activations of all layers at once (`jqlib.solver`)."""
 
-Minimise the mean over ALL tokens of all layers of f(xR), R orthogonal. h(y) = λy²/2 − exp(−|y|) is convex
-for λ ≥ 1 and Σ‖xR‖² does not depend on R: minimising Whip is maximising a convex function, and its
-linearisation gives a step that can only descend (minorise–maximise; Journée et al. 2010):
-
-    R⁺ = polar( λ XᵀX R − ∇f(R) ),    polar(M) = UVᵀ of M's singular value decomposition.
-
-A smaller λ goes further. We start at λ = ‖∇f‖ / ‖XᵀX R‖ (for Whip about 0.3), extrapolate along the last
-two steps (Nesterov), and take back any step that raises the loss: then plainly, then with a larger λ.
-"""
-
-import contextlib
 import logging
 import time
+from collections.abc import Mapping, Sized
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from jqlib import baselines
 from jqlib.hadamard import random_hadamard
-from jqlib.objectives import Objective, get_objective, mean_loss
+from jqlib.objectives import Objective, get_objective, mean_value, over_ranks
+from jqlib.solver import Minibatches, minimise, orthogonality_error, polar
 
 log = logging.getLogger(__name__)
 
 INIT_MODES = ("hadamard", "random", "identity")
-SOLVERS = ("mm", "sgd", "greedy")
-TOLERANCE = 2e-4  # stop when a step lowers the loss by less than this share of it
-MAX_STEPS = 60
-RIDGE = 1e-3
+SOLVERS = ("mm", "sgd", "adam", "cayley", "greedy")
 
 
 def train_r1_joint(
-    acts: dict[str, Tensor],
+    acts: dict[str, Tensor] | Sized,
     hidden_size: int,
     num_layers: int,
     device: str | torch.device = "cpu",
@@ -49,22 +36,31 @@ def train_r1_joint(
     """One rotation of the residual stream for the whole model: float32 on the CPU, (hidden_size, hidden_size).
 
     ``acts``: ``{module name: (tokens, hidden_size)}`` of all layers, without the norms' gamma, as
-    `collect_activations` gives them. ``solver``: ``"mm"`` descends on all layers at every step and needs
-    no learning rate; ``"sgd"`` is DartQuant's published optimiser (``lr``, ``epochs``); ``"greedy"`` goes
-    layer after layer. ``max_steps=0`` returns the start. ``history`` receives a dict a step: step, seconds
-    since the call, loss over all tokens, orthogonality (largest entry of \\|RᵀR − I\\|).
+    `collect_activations` gives them; the tensors may be memory-mapped. Or, for ``"mm"``, a stream: anything with a
+    length that can be read many times and gives (tokens, hidden_size), such as a DataLoader; shuffled over
+    layers it is best. Under torch.distributed each process gives its share of layers or tokens, all get one R.
+
+    ``solver``: ``"mm"`` descends on all layers at every step and needs no learning rate; ``"sgd"`` is
+    DartQuant's published optimiser (``lr``, ``epochs``), ``"adam"`` the same with Adam, ``"cayley"`` SpinQuant's
+    (Cayley SGD); ``"greedy"`` goes layer after layer. ``max_steps=0`` returns the start. ``history`` receives a dict
+    a step: step, seconds since the call, loss over all tokens, orthogonality (largest entry of \\|RᵀR − I\\|).
 
     Raises ValueError for shapes and names that don't fit, FloatingPointError for NaN or Inf in ``acts``
     (with the module's name) and for a loss that turns NaN (with the learning rate).
     """
-    if len(acts) < num_layers:
-        raise ValueError(f"joint R1 needs the activations of all {num_layers} layers; got {len(acts)} modules: "
+    start = initial_rotation(hidden_size, init_mode, seed)[None].to(device)
+    if not isinstance(acts, Mapping):
+        data: list[Tensor] | Stream = Stream(acts, hidden_size, device)
+        return _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)[0].cpu()
+    modules = torch.tensor(len(acts), device=device)
+    over_ranks(modules)
+    if modules < num_layers:
+        raise ValueError(f"joint R1 needs the activations of all {num_layers} layers; got {modules} modules: "
                          f"{', '.join(acts)}")  # fmt: skip
     for name, x in acts.items():
-        _check(name, x, hidden_size)
-    layers = [x.float().to(device)[None] for x in acts.values()]  # (1, tokens, n) each
-    start = initial_rotation(hidden_size, init_mode, seed)[None].to(device)
-    return _solve(layers, start, solver, objective, lr, epochs, max_steps, seed, history)[0].cpu()
+        _check(f"the activations of {name}", x, hidden_size)
+    data = [x[None] for x in acts.values()]  # (1, tokens, n) each
+    return _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)[0].cpu()
 
 
 def train_r2_independent(
@@ -95,7 +91,7 @@ def train_r2_independent(
         raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}")
     heads = []
     for name, x in r2_acts.items():
-        _check(name, x, x.shape[-1] // num_heads * num_heads)
+        _check(f"the activations of {name}", x, x.shape[-1] // num_heads * num_heads)
         x = x.float().view(len(x), num_kv_heads, num_heads // num_kv_heads, -1)  # (tokens, kv, group, d)
         if smooth_scale and name in smooth_scale:
             x = x / smooth_scale[name].view(num_kv_heads, 1, -1)
@@ -123,37 +119,14 @@ def initial_rotation(n: int, init_mode: str, seed: int) -> Tensor:
     raise ValueError(f"init_mode {init_mode!r} is unknown; there are {', '.join(INIT_MODES)}")
 
 
-def polar(M: Tensor) -> Tensor:
-    """The orthogonal polar factor of (..., n, n): the rotation nearest to M."""
-    R = torch.full_like(M, torch.nan)
-    with contextlib.suppress(torch.linalg.LinAlgError):
-        U, _, Vh = torch.linalg.svd(M)
-        R = U @ Vh
-    if not orthogonality_error(R) < 1e-3:  # float32 can fail on ill-conditioned data
-        U, _, Vh = torch.linalg.svd(M.double())
-        R = (U @ Vh).to(M)
-    return 1.5 * R - 0.5 * R @ (R.mT @ R)  # one Newton–Schulz step takes what rounding left
-
-
-def nearby_polar(M: Tensor) -> Tensor:
-    """`polar` for an M that is not far from a rotation, by Newton–Schulz: products only."""
-    bound = (M.mT @ M).abs().sum(-1).amax(-1).sqrt()  # of the largest singular value; scaling keeps the polar factor
-    R = M / bound[..., None, None]
-    for _ in range(15):
-        R = 1.5 * R - 0.5 * R @ (R.mT @ R)
-        if orthogonality_error(R) < 1e-6:
-            return R
-    return polar(M)
-
-
 class Recorder:
     """Fills ``history``. The time it spends on measuring the loss over all tokens is not counted.
 
-    ``falling``: a step counts only if it is the lowest so far (one on a sample may raise the loss over all tokens).
+    ``falling``: a step counts only if it is the lowest so far (one on a minibatch may raise the loss over all tokens).
     """
 
-    def __init__(self, history: list[dict] | None, layers: list[Tensor], objective: Objective, falling: bool):
-        self.history, self.layers, self.objective, self.falling = history, layers, objective, falling
+    def __init__(self, history: list[dict] | None, batches, objective: Objective, falling: bool):
+        self.history, self.batches, self.objective, self.falling = history, batches, objective, falling
         self.start = time.perf_counter()
 
     def __call__(self, R: Tensor, loss: float | None = None) -> None:
@@ -161,7 +134,7 @@ class Recorder:
         if self.history is None:
             return
         now = time.perf_counter()
-        loss = self._loss(R) if loss is None else loss
+        loss = mean_value(self.batches, R, self.objective).mean().item() if loss is None else loss
         if not (self.falling and self.history) or loss <= self.history[-1]["loss"]:
             self.history.append({
                 "step": len(self.history),
@@ -171,90 +144,50 @@ class Recorder:
             })  # fmt: skip
         self.start += time.perf_counter() - now
 
-    def _loss(self, R: Tensor) -> float:
-        total = sum(mean_loss(x, R, self.objective)[0].mean().item() * x.shape[1] for x in self.layers)
-        return total / sum(x.shape[1] for x in self.layers)
+
+class Stream:
+    """A user's batches (tokens, n) as the solver wants them, each checked: (1, tokens, n), float32 on the device."""
+
+    def __init__(self, batches, features: int, device: str | torch.device):
+        if not hasattr(batches, "__len__") or iter(batches) is batches:
+            raise ValueError(f"acts is a {type(batches).__name__}: give a dict, or batches that have a length and can "
+                             "be read many times, such as a list of memory-mapped tensors or a DataLoader")  # fmt: skip
+        self.batches, self.features, self.device = batches, features, device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        for i, x in enumerate(self.batches):
+            _check(f"batch {i} of the activations", x, self.features)
+            yield x[None].to(self.device, torch.float32)
 
 
-def orthogonality_error(R: Tensor) -> float:
-    """The largest entry of \\|RᵀR − I\\|."""
-    return (R.mT @ R - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).abs().max().item()
-
-
-def minimise(
-    X: Tensor, R: Tensor, objective: Objective, *, record, max_steps: int | None = None, seed: int = 0
-) -> Tensor:
-    """The solver: rotations (B, n, n) for B problems with data X, (B, tokens, n), from the start R.
-
-    The first steps use a growing random sample of the tokens, the last ones all of them.
-    """
-    start, steps = R, MAX_STEPS if max_steps is None else max_steps
-    order = torch.randperm(X.shape[1], generator=torch.Generator().manual_seed(seed)).to(X.device)
-    sizes = [X.shape[1] // share for share in (16, 4) if X.shape[1] // share >= 8 * X.shape[-1]]
-    with tqdm(total=steps, desc="rotation", unit="step") as bar:
-        for size in sizes:
-            sample = X[:, order[:size]]
-            R, steps = _descend(sample, R, objective, steps, 20 * TOLERANCE, lambda R, _: record(R), bar)
-        if sizes:  # what helped the samples must have helped ALL tokens
-            better = mean_loss(X, R, objective)[0] <= mean_loss(X, start, objective)[0]
-            R = torch.where(better[:, None, None], R, start)
-        R, _ = _descend(X, R, objective, steps, TOLERANCE, record, bar)
-    return R
-
-
-def _descend(X, R, objective, steps: int, tolerance: float, record, bar) -> tuple[Tensor, int]:
-    """Steps on one sample until they gain little; returns R and the steps left. Each problem is judged alone."""
-    gram = X.mT @ X / X.shape[1]
-    diagonal = gram.diagonal(dim1=1, dim2=2)  # a little of R itself: where X says nothing, R stays as it is
-    diagonal += RIDGE * diagonal.mean(1, keepdim=True)
-    loss, gradient = mean_loss(X, R, objective)
-    pull = (gram @ R).norm(dim=(1, 2)).clamp(min=1e-20)
-    damping = (gradient.double().norm(dim=(1, 2)) / pull).float().clamp(min=1e-6)[:, None, None]  # λ
-    previous, momentum = R, torch.zeros_like(damping)  # momentum: accepted steps in a row
-    while steps > 0:
-        steps -= 1
-        point = polar(damping * (gram @ R) - gradient)
-        beta = (momentum / (momentum + 3)).clamp(max=0.9)
-        trial = nearby_polar(point + beta * (point - previous)) if beta.any() else point
-        trial_loss, trial_gradient = mean_loss(X, trial, objective)
-        better = trial_loss <= loss
-        gain = ((loss - trial_loss) / loss.abs().clamp(min=1e-20)).where(better, 0)
-        accept = better[:, None, None]
-        damping = torch.where(accept | (beta > 0), damping, 2 * damping)
-        momentum = torch.where(accept, momentum + 1, 0)
-        previous = torch.where(accept, point, previous)
-        R, gradient = torch.where(accept, trial, R), torch.where(accept, trial_gradient, gradient)
-        loss = torch.where(better, trial_loss, loss)
-        bar.update()
-        bar.set_postfix(loss=f"{loss.mean().item():.4f}", refresh=False)
-        if better.any():
-            record(R, loss.mean().item())
-        plain = ~better & (beta.flatten() == 0)  # a plain step failed: λ has doubled
-        stuck = plain & (damping.flatten() > 1e4 * gradient.double().norm(dim=(1, 2)) / pull)
-        if (stuck | (better & (gain < tolerance))).all():
-            break
-    return R, steps
-
-
-def _solve(layers, start, solver, objective, lr, epochs, max_steps, seed, history) -> Tensor:
-    """``layers``: the data, a list of (B, tokens, n); ``start``: (B, n, n)."""
+def _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history) -> Tensor:
+    """``data``: layers, a list of (B, tokens, n), or a Stream; ``start``: (B, n, n)."""
     function = get_objective(objective)
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
-    record = Recorder(history, layers, function, falling=solver == "mm")
+    if solver != "mm" and isinstance(data, Stream):
+        raise ValueError(f"solver={solver!r} needs the activations of all layers in memory: give a dict")
+    batches = data if isinstance(data, Stream) else Minibatches(data, seed, start.device)
+    record = Recorder(history, batches, function, falling=solver == "mm")
     record(start)
     if max_steps == 0:
         return start
-    if solver == "sgd":
-        return baselines.sgd(layers, start, function, lr, epochs, max_steps, seed, record)
-    log.warning("solver=%r needs no learning rate: lr and epochs have no effect", solver)
+    if solver in ("mm", "greedy"):
+        log.warning("solver=%r needs no learning rate: lr and epochs have no effect", solver)
+    if solver == "mm":
+        return minimise(batches, start, function, record=record, max_steps=max_steps)
+    layers = [x.to(start.device, torch.float32) for x in data]
     if solver == "greedy":
-        return baselines.greedy(layers, start, function, max_steps, seed, record, minimise)
-    return minimise(torch.cat(layers, dim=1), start, function, record=record, max_steps=max_steps, seed=seed)
+        return baselines.greedy(layers, start, function, max_steps, seed, record)
+    step = {"sgd": baselines.sgd, "adam": baselines.adam, "cayley": baselines.cayley}[solver]
+    return step(layers, start, function, lr, epochs, max_steps, seed, record)
 
 
-def _check(name: str, x: Tensor, features: int) -> None:
+def _check(what: str, x: Tensor, features: int) -> None:
     if x.ndim != 2 or x.shape[-1] != features or len(x) == 0:
-        raise ValueError(f"activations of {name} have shape {tuple(x.shape)}, expected (tokens, {features})")
+        raise ValueError(f"{what} have shape {tuple(x.shape)}, expected (tokens, {features})")
     if not torch.isfinite(x).all():
-        raise FloatingPointError(f"NaN or Inf in the activations of {name}: collect them again in float32")
+        raise FloatingPointError(f"NaN or Inf in {what}: collect them again in float32")

@@ -57,14 +57,19 @@ def quantize_activation(x: Tensor, bits: int = 4, clip: float = 1.0, groupsize: 
     0 always among them.
     """
     groups = x if groupsize is None else x.unflatten(-1, (-1, groupsize))
-    low = groups.amin(-1, keepdim=True).clamp_(max=0).mul_(clip)
-    high = groups.amax(-1, keepdim=True).clamp_(min=0).mul_(clip)
+    codes, scale = asymmetric_codes(groups, bits, clip)
+    return codes.mul_(scale).view(x.shape)
+
+
+def asymmetric_codes(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Integer codes of (..., features), the zero point taken off, and their scales (..., 1)."""
+    low = x.amin(-1, keepdim=True).clamp_(max=0).mul_(clip)
+    high = x.amax(-1, keepdim=True).clamp_(min=0).mul_(clip)
     top = 2**bits - 1
     scale = (high - low) / top
     scale = scale.where(scale > 0, 1.0)
     zero = (-low / scale).round_()
-    codes = (groups / scale).round_().add_(zero).clamp_(0, top)
-    return codes.sub_(zero).mul_(scale).view(x.shape)
+    return (x / scale).round_().add_(zero).clamp_(0, top).sub_(zero), scale
 
 
 def rounding_error(x: Tensor, bits: int = 4, clip: float = 1.0, groupsize: int | None = None) -> float:

@@ -30,12 +30,13 @@ def test_derivative_is_that_of_the_value(name):
     ("whip", lambda y: y.abs().neg().exp().sum(-1)),
     ("range", lambda y: (y.amax(-1) - y.amin(-1)) ** 2),
     ("kurtosis", lambda y: (y**4).sum(-1)),
+    ("lp", lambda y: (y**8).sum(-1) ** 0.25),
 ])  # fmt: skip
 def test_values_and_gradient_against_autograd(name, by_hand):
     X, R = tokens(2, 50, 6), tokens(2, 6, 6, seed=1).requires_grad_()
     expected = by_hand(X @ R).mean(-1)
     expected.sum().backward()
-    loss, gradient = mean_loss(X, R.detach(), get_objective(name), chunk=7)
+    loss, gradient = mean_loss([X], R.detach(), get_objective(name), chunk=7)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, R.grad)
 
@@ -50,7 +51,7 @@ def test_values_are_per_token(name):
         torch.testing.assert_close(alone[0], value[t])
         torch.testing.assert_close(its_slope[0], slope[t])
     R = torch.eye(6, dtype=torch.float64)[None]
-    for pieces, whole in zip(mean_loss(y[None], R, objective, 2), mean_loss(y[None], R, objective), strict=True):
+    for pieces, whole in zip(mean_loss([y[None]], R, objective, 2), mean_loss([y[None]], R, objective), strict=True):
         torch.testing.assert_close(pieces, whole)
 
 
