@@ -5,7 +5,7 @@ from jqlib.data import get_calibration_data
 from jqlib.evaluate import evaluate_perplexity
 from jqlib.joint import train_r1_joint, train_r2_independent
 from jqlib.models import get_model, get_tokenizer, site_targets
-from jqlib.quant import quantize_model
+from jqlib.quantize import quantize_model
 from jqlib.rotation import fuse_layer_norms, rotate_model
 from jqlib.smooth import compute_simple_smooth_scale
 

@@ -42,6 +42,7 @@ class Config:
     smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
     w_bits: int = _setting(4, "bits of weights, 2 to 16; 16 leaves them alone")
     a_bits: int = _setting(4, "bits of activations, 2 to 16; 16 leaves them alone")
+    weights: str = _setting("rtn", "how weights are rounded: rtn or gptq")
     w_groupsize: int = _setting(128, "weights that share a scale, along the input")
     calib_dataset: str | None = _setting(None, "wiki, wikitext2, c4, a folder or a text file; None: the model's own")
     eval_dataset: str | None = _setting(None, "wiki, wikitext2, c4, a folder or a text file; None: the model's own")
@@ -83,6 +84,8 @@ class Recipe:
     smooth: tuple[str, ...] = ()  # sites
     a_clip: float = 1.0
     o_per_head: bool = False
+    objective: str | None = None  # None: the run's
+    weights: str | None = None
 
 
 RECIPES = {
@@ -92,7 +95,7 @@ RECIPES = {
     "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", True, (), 0.9, True),
     "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", True, (), 0.9, True),
     "jointquant": Recipe("JointQuant", "mm", "mm", True, ("o", "down"), 0.9, True),
-    "jointquant-plain": Recipe("JointQuant without smoothing", "mm", "mm", True, (), 0.9, True),
+    "jointquant-best": Recipe("JointQuant, best", "mm", "mm", True, (), 0.9, True, "range", "gptq"),
 }
 
 PROFILES = {
@@ -121,6 +124,7 @@ CHOICES = {
     "solver": ("mm", "sgd", "adam", "cayley", "greedy"),
     "objective": ("whip", "range", "kurtosis", "lp", "quant_error"),
     "init_mode": ("hadamard", "random", "identity"),
+    "weights": ("rtn", "gptq"),
     "dtype": ("float32", "bfloat16", "float16"),
 }
 

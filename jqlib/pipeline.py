@@ -3,6 +3,7 @@
 Each step is an artifact (`jqlib.store`): notebooks share it and a rerun reuses it.
 """
 
+import time
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,8 @@ from jqlib.data import get_calibration_data, path_fingerprint
 from jqlib.evaluate import Perplexity, evaluate_perplexity
 from jqlib.joint import train_r1_joint, train_r2_independent
 from jqlib.models import site_targets
-from jqlib.quant import quantize_model
+from jqlib.quant import OFF
+from jqlib.quantize import quantize_model
 from jqlib.rotation import fuse_layer_norms, rotate_model
 from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
 from jqlib.store import artifact, peak_rss_bytes
@@ -49,48 +51,55 @@ def activations(config: Config, *names: str) -> tuple[dict[str, Tensor], float]:
     return {target: acts[target] for layer in layers for target in layer}, values["seconds"]
 
 
-def r1(config: Config, solver: str) -> tuple[Tensor, dict]:
-    """R1, (hidden, hidden), by ``"hadamard"`` (no training), ``"mm"``, ``"sgd"`` or ``"greedy"``.
+def r1(config: Config, solver: str, history: bool = False) -> tuple[Tensor, dict]:
+    """R1, (hidden, hidden), by ``"hadamard"`` (no training) or a solver.
 
-    Beside it: its ``history``, and what training it took (``train_seconds``, ``collect_seconds``).
+    Beside it what training it took (``train_seconds``, ``collect_seconds``) and, where asked for, its ``history``
+    (measuring the loss at every step takes longer than the training).
     """
     training = solver != "hadamard"
 
     def make():
         acts, collect_seconds = activations(config, *models.R1_SITES)
         hidden, layers = next(iter(acts.values())).shape[-1], len(acts) // len(models.R1_SITES)
-        history: list[dict] = []
+        steps: list[dict] | None = [] if history else None
+        start = time.perf_counter()
         R = train_r1_joint(
             acts, hidden, layers, config.device, config.r1_lr, config.r1_epochs,
             config.init_mode if training else "hadamard", solver=solver if training else "mm",
-            objective=config.objective, max_steps=None if training else 0, seed=config.seed, history=history,
+            objective=config.objective, max_steps=None if training else 0, seed=config.seed, history=steps,
         )  # fmt: skip
-        return {"R1": R}, _training(history, collect_seconds if training else 0.0)
+        return {"R1": R}, _training(steps, start, collect_seconds if training else 0.0)
 
     names = ("max_tokens", "objective", *(("init_mode", "r1_lr", "r1_epochs") if training else ()))
-    tensors, values = artifact(config.folder, f"r1-{solver}", _depends(config, *names) | {"solver": solver}, make)
+    tensors, values = artifact(
+        config.folder, f"r1-{solver}", _depends(config, *names) | {"solver": solver, "history": history}, make
+    )
     return tensors["R1"], values
 
 
-def r2(config: Config, solver: str, smooth_scale: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict]:
+def r2(
+    config: Config, solver: str, smooth_scale: dict[str, Tensor] | None = None, history: bool = False
+) -> tuple[dict[str, Tensor], dict]:
     """R2 of every layer, ``{o_proj name: (kv heads, d, d)}``, on smoothed inputs where scales are given; see `r1`."""
     training = solver != "hadamard"
 
     def make():
         acts, collect_seconds = activations(config, "o")
         shape = models.load_config(config.model)
-        history: list[dict] = []
+        steps: list[dict] | None = [] if history else None
+        start = time.perf_counter()
         R = train_r2_independent(
             acts, shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads,
             config.device, config.r2_lr, config.r2_epochs, config.init_mode if training else "hadamard",
             smooth_scale=smooth_scale, solver=solver if training else "mm", objective=config.objective,
-            max_steps=None if training else 0, seed=config.seed, history=history,
+            max_steps=None if training else 0, seed=config.seed, history=steps,
         )  # fmt: skip
-        return R, _training(history, collect_seconds if training else 0.0)
+        return R, _training(steps, start, collect_seconds if training else 0.0)
 
     names = ("max_tokens", "objective", *(("init_mode", "r2_lr", "r2_epochs") if training else ()))
     alpha = config.smooth_alpha if smooth_scale else None
-    depends = _depends(config, *names) | {"solver": solver, "alpha": alpha}
+    depends = _depends(config, *names) | {"solver": solver, "alpha": alpha, "history": history}
     return artifact(config.folder, f"r2-{solver}", depends, make)
 
 
@@ -120,6 +129,7 @@ def transform(config: Config, recipe: Recipe):
 
     Returns it with the seconds that its calibration took when it was made.
     """
+    config = replace(config, objective=recipe.objective or config.objective)
     r2_solver = "mm" if recipe.r2 == "greedy" else recipe.r2  # R2 is per layer by nature
     scales, smoothing = smooth_scales(config, recipe.smooth) if recipe.smooth else (None, {})
     R1, for_r1 = r1(config, recipe.r1) if recipe.r1 else (None, {})
@@ -136,14 +146,22 @@ def transform(config: Config, recipe: Recipe):
 
 
 def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) -> dict:
-    """One row of a table: the perplexity of a recipe at these bits; ``recipe=None`` is the FP model untouched."""
+    """One row of a table: the perplexity of a recipe at these bits; ``recipe=None`` is the FP model untouched.
+
+    Weights are rounded as the recipe says, else as the run does (``config.weights``).
+    """
+    weights = (recipe.weights or config.weights) if recipe and w_bits < OFF else "none"
 
     def make():
         model, seconds = transform(config, recipe) if recipe else (load_model(config), 0.0)
         if recipe:
+            calib_data = load_calibration(config) if weights == "gptq" else None
+            start = time.perf_counter()
             quantize_model(
-                model, w_bits, a_bits, config.w_groupsize, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head
-            )
+                model, w_bits, a_bits, config.w_groupsize, weights="rtn" if weights == "none" else weights,
+                calib_data=calib_data, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head,
+            )  # fmt: skip
+            seconds += time.perf_counter() - start
         ppl = evaluate_perplexity(
             model, models.get_tokenizer(config.model), config.device,
             dataset=config.eval_dataset, seqlen=config.seqlen, max_windows=config.eval_windows,
@@ -154,9 +172,9 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
         name: getattr(config, name) for name in ("eval_windows", "w_groupsize")
     }
     depends["eval_dataset"] = path_fingerprint(config.eval_dataset or "default")
-    depends |= {"w_bits": w_bits, "a_bits": a_bits}
+    depends |= {"w_bits": w_bits, "a_bits": a_bits, "weights": weights}
     values = artifact(config.folder, "evaluation", depends, make)[1]
-    bits = {"weights": "rtn" if w_bits < 16 else "none", "w_bits": w_bits, "a_bits": a_bits, "kv_bits": 16}
+    bits = {"weights": weights, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": 16}
     return bits | {name: value for name, value in values.items() if name != "reused"}
 
 
@@ -189,7 +207,7 @@ def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
     if recipe is None:
         return _depends(config) | {"recipe": None}
     names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
-    does = {name: value for name, value in vars(recipe).items() if name != "label"}
+    does = {name: value for name, value in vars(recipe).items() if name not in ("label", "weights")}
     return _depends(config, *names) | {"recipe": does}
 
 
@@ -197,8 +215,9 @@ def _row(ppl: Perplexity) -> dict:
     return {"ppl": float(ppl), "ppl_low": ppl.low, "ppl_high": ppl.high, "nll": ppl.nll}
 
 
-def _training(history: list[dict], collect_seconds: float) -> dict:
-    return {"history": history, "train_seconds": history[-1]["seconds"], "collect_seconds": collect_seconds}
+def _training(history: list[dict] | None, start: float, collect_seconds: float) -> dict:
+    seconds = history[-1]["seconds"] if history else time.perf_counter() - start
+    return {"history": history, "train_seconds": seconds, "collect_seconds": collect_seconds}
 
 
 def _depends(config: Config, *names: str) -> dict:

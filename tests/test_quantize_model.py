@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from jqlib.models import done
-from jqlib.quant import quantize_activation, quantize_model, quantize_weight
+from jqlib.quant import quantize_activation, quantize_weight
+from jqlib.quantize import quantize_model
 from jqlib.rotation import fuse_layer_norms, rotate_model
 
 LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

@@ -20,7 +20,7 @@ from jqlib.activations import Moments
 from jqlib.data import get_evaluation_windows
 from jqlib.hadamard import random_hadamard
 from jqlib.objectives import get_objective, mean_value
-from jqlib.quant import quantize_model
+from jqlib.quantize import quantize_model
 
 HIDDEN, LAYERS, HEADS, KV = 576, 30, 9, 3
 

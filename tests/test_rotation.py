@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from jqlib.hadamard import hadamard_matrix, random_hadamard
 from jqlib.models import done, site_targets
-from jqlib.quant import quantize_model
+from jqlib.quantize import quantize_model
 from jqlib.rotation import fuse_layer_norms, rotate_model
 from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
 

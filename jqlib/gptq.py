@@ -1,0 +1,146 @@
+"""GPTQ (Frantar et al. 2022): round a weight's columns one by one, and let the later ones make up for the error.
+
+A linear's output error on calibration inputs X is tr(ΔW H ΔWᵀ) with H = XᵀX. Columns are taken in the order
+of falling H_jj; groups keep their place and their scale is chosen beforehand (static groups). Layer by layer: each
+layer's inputs come from the layers before it, quantised already. One layer's Hessians are in memory at a time.
+"""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jqlib.models import family_of, layers_of
+from jqlib.quant import column_scales, quantize_weight, round_symmetric
+
+log = logging.getLogger(__name__)
+
+DAMPING = 0.01  # of H's mean diagonal, added to it
+BLOCK = 32  # columns whose error is passed on together
+
+
+def quantize_weights_gptq(model: nn.Module, calib_data: Tensor, bits: int = 4, groupsize: int = 128) -> None:
+    """Round the weights of all decoder layers in place, on the inputs they see as the model stands.
+
+    ``calib_data``: token windows, (windows, seqlen). A rotated model is calibrated rotated, R4 included.
+    """
+    sites = family_of(model).sites
+    hidden, kwargs = _first_inputs(model, calib_data)
+    for name, layer in tqdm(list(layers_of(model)), "GPTQ", unit="layer"):
+        hessians = _hessians(layer, sites, hidden, kwargs)
+        for site in sites:
+            linears = [layer.get_submodule(reader) for reader in site.readers]
+            stacked = torch.cat([linear.weight.data for linear in linears])  # they share their input
+            rounded = gptq(stacked, hessians[site.name], bits, groupsize, name=f"{name}.{site.readers[0]}")
+            for linear, rows in zip(linears, rounded.split([len(linear.weight) for linear in linears]), strict=True):
+                linear.weight.data = rows.to(linear.weight.dtype)
+        hidden = [_run(layer, x, kwargs) for x in hidden]
+
+
+def gptq(weight: Tensor, hessian: Tensor, bits: int = 4, groupsize: int = 128, *, name: str = "a weight") -> Tensor:
+    """The dequantised (out, in) weight; ``hessian``: (in, in), XᵀX of its inputs. ``name`` is for messages.
+
+    Scales are those of least squared error weighted by H's diagonal. A row that ends with a larger
+    tr(ΔW H ΔWᵀ) than rounding to nearest would have is rounded to nearest.
+    """
+    weight, hessian = weight.float(), hessian.float()
+    scale = column_scales(weight, bits, groupsize, hessian.diagonal())
+    order = hessian.diagonal().argsort(descending=True)
+    inverse = _inverse_cholesky(hessian[order][:, order], name)
+    rounded = torch.empty_like(weight)
+    rounded[:, order] = _columns(weight[:, order].T.contiguous(), scale[:, order].T.contiguous(), inverse, bits).T
+    nearest = quantize_weight(weight, bits, groupsize)
+    worse = output_error(rounded - weight, hessian) > output_error(nearest - weight, hessian)
+    return torch.where(worse[:, None], nearest, rounded)
+
+
+def output_error(change: Tensor, hessian: Tensor) -> Tensor:
+    """The diagonal of ΔW H ΔWᵀ: (out,), for a change (out, in)."""
+    return ((change @ hessian) * change).sum(1)
+
+
+def _columns(weight: Tensor, scale: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    """The loop over columns, here rows of (in, out); ``inverse``: upper U with H⁻¹ = UᵀU."""
+    rounded = torch.empty_like(weight)
+    for start in range(0, len(weight), BLOCK):
+        end = min(start + BLOCK, len(weight))
+        errors = torch.empty_like(weight[start:end])
+        for i in range(start, end):
+            rounded[i] = round_symmetric(weight[i], scale[i], bits)
+            errors[i - start] = (weight[i] - rounded[i]) / inverse[i, i]
+            weight[i + 1 : end].addr_(inverse[i, i + 1 : end], errors[i - start], alpha=-1)
+        weight[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
+    return rounded
+
+
+def _inverse_cholesky(hessian: Tensor, name: str) -> Tensor:
+    """Upper U with (H + damping)⁻¹ = UᵀU; the damping grows until it exists. Inputs never seen count as unrelated."""
+    H = hessian.double()
+    mean = H.diagonal().mean().clamp(min=1e-30)
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        damped = H + damping * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper.float()
+        log.warning("%s: damping %g is too small for its Hessian, trying more", name, damping)
+    raise FloatingPointError(f"{name}: its Hessian has no Cholesky factor even with damping {damping:g}: are the "
+                             "calibration activations finite?")  # fmt: skip
+
+
+class _Stop(Exception):
+    """The first layer's inputs are all that is wanted."""
+
+
+def _first_inputs(model: nn.Module, windows: Tensor) -> tuple[list[Tensor], dict]:
+    """What the model feeds its first layer, a tensor a window, and the keyword arguments all layers get."""
+    hidden: list[Tensor] = []
+    common: dict = {}
+
+    def stop(module, args, kwargs):
+        hidden.append(args[0])
+        common.update(kwargs)
+        raise _Stop
+
+    handle = next(layers_of(model))[1].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        for window in windows:
+            try:
+                with torch.inference_mode():
+                    model.base_model(window[None].to(model.device), use_cache=False)
+            except _Stop:
+                continue
+    finally:
+        handle.remove()
+    return hidden, common
+
+
+def _hessians(layer: nn.Module, sites, hidden: list[Tensor], kwargs: dict) -> dict[str, Tensor]:
+    """XᵀX of each site's input over all windows, behind the hooks that are there already."""
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+
+    handles = [
+        layer.get_submodule(site.readers[0]).register_forward_pre_hook(
+            lambda _, args, name=site.name: add(name, args[0])
+        )
+        for site in sites
+    ]
+    try:
+        for x in hidden:
+            _run(layer, x, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums
+
+
+@torch.inference_mode()
+def _run(layer: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
+    output = layer(x, **kwargs)
+    return output if isinstance(output, Tensor) else output[0]

@@ -1,0 +1,73 @@
+"""A model quantised in place: weights by RTN or GPTQ, activations by hooks where a site's input is made.
+
+Matmuls stay in floating point; embeddings and the head are not quantised.
+"""
+
+from functools import partial
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jqlib.gptq import quantize_weights_gptq
+from jqlib.models import done, head_dim_of, sites_of
+from jqlib.quant import OFF, check_bits, quantize_activation, quantize_weight
+
+WEIGHTS = ("rtn", "gptq")
+
+
+def quantize_model(
+    model: nn.Module,
+    w_bits: int = 4,
+    a_bits: int = 4,
+    w_groupsize: int = 128,
+    *,
+    weights: str = "rtn",
+    calib_data: Tensor | None = None,
+    a_clip: float = 1.0,
+    o_per_head: bool = False,
+) -> None:
+    """Quantise all linears of the decoder layers and the activations they read, in place. 16 bits: left alone.
+
+    ``weights``: ``"rtn"`` rounds each weight to its nearest; ``"gptq"`` needs ``calib_data``, token windows
+    (windows, seqlen), and makes later weights of a row answer for the rounding of earlier ones (`jqlib.gptq`).
+    ``a_clip`` shrinks every token's range; ``o_per_head`` gives o_proj's input a grid a head.
+
+    Raises ValueError for bits outside 2..16, a group size below 1, a clip outside (0, 1] or GPTQ without
+    calibration data; RuntimeError for a model quantised already.
+    """
+    check_bits(w_bits=w_bits, a_bits=a_bits)
+    if w_groupsize < 1:
+        raise ValueError(f"w_groupsize={w_groupsize}: a group holds at least 1 weight (128 is usual)")
+    if not 0 < a_clip <= 1:
+        raise ValueError(f"a_clip={a_clip}: a clip ratio lies in (0, 1]")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is unknown; there are {', '.join(WEIGHTS)}")
+    if weights == "gptq" and w_bits < OFF and calib_data is None:
+        raise ValueError("weights='gptq' needs calib_data: token windows, as get_calibration_data gives them")
+    if "quantized" in done(model):
+        raise RuntimeError("this model is quantised already: load it again to quantise it another way")
+    if w_bits < OFF and weights == "gptq":
+        quantize_weights_gptq(model, calib_data, w_bits, w_groupsize)
+    elif w_bits < OFF:
+        for layer, site in tqdm(sites_of(model), "rounding weights", unit="site"):
+            for reader in site.readers:
+                weight = model.get_submodule(f"{layer}.{reader}").weight
+                weight.data = quantize_weight(weight, w_bits, w_groupsize).to(weight.dtype)
+    if a_bits < OFF:
+        for layer, site in sites_of(model):
+            groupsize = head_dim_of(model) if site.name == "o" and o_per_head else None
+            _quantize_site(
+                model, layer, site, partial(quantize_activation, bits=a_bits, clip=a_clip, groupsize=groupsize)
+            )
+    done(model).add("quantized")
+
+
+def _quantize_site(model: nn.Module, layer: str, site, quantizer) -> None:
+    """Quantise a site's input once, where it is made: behind its norm, or before its only reader."""
+    if site.norm:
+        norm = model.get_submodule(f"{layer}.{site.norm}")
+        norm.register_forward_hook(lambda module, args, output: quantizer(output))
+    else:
+        for reader in site.readers:
+            linear = model.get_submodule(f"{layer}.{reader}")
+            linear.register_forward_pre_hook(lambda module, args: (quantizer(args[0]), *args[1:]))

@@ -1,0 +1,135 @@
+"""GPTQ against brute force, against RTN in its own metric, and layer by layer on a model."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from jqlib.gptq import _inverse_cholesky, gptq, output_error, quantize_weights_gptq
+from jqlib.models import sites_of
+from jqlib.quant import grouped, quantize_weight, weight_scale
+from jqlib.quantize import quantize_model
+from jqlib.rotation import fuse_layer_norms, rotate_model
+
+
+def problem(rows: int = 6, columns: int = 40, tokens: int = 200, seed: int = 0):
+    """A weight and the Hessian of correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + 0.3
+    x = torch.randn(tokens, columns, generator=generator) @ mix
+    return torch.randn(rows, columns, generator=generator), x.T @ x
+
+
+def test_closer_to_the_best_of_all_roundings_than_to_rtn():
+    """4 columns of 3 bits: every rounding of a row can be tried; GPTQ's greedy choice must come near the best."""
+    grid = torch.cartesian_prod(*[torch.arange(-4.0, 4)] * 4)
+    best = ours = nearest = 0.0
+    for seed in range(5):
+        W, H = problem(rows=8, columns=4, seed=seed)
+        scales = [weight_scale(grouped(W, 4), 3, importance)[:, 0] for importance in (1.0, H.diagonal())]
+        for w, *pair in zip(W, *scales, strict=True):
+            best += min(output_error(s * grid - w, H).min() for s in pair)
+        ours += output_error(gptq(W, H, 3, 4) - W, H).sum()
+        nearest += output_error(quantize_weight(W, 3, 4) - W, H).sum()
+    print(best, ours, nearest)
+    assert best <= ours * (1 + 1e-5)
+    assert ours - best <= 0.5 * (nearest - best)
+
+
+def test_a_diagonal_hessian_leaves_nothing_to_make_up_for():
+    """Unrelated inputs: rounding to nearest is the best there is, with the same weighted scales."""
+    W, _ = problem()
+    H = torch.diag(torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.1)
+    groups = grouped(W, 16)
+    scale = weight_scale(groups, 4, grouped(H.diagonal()[None], 16))
+    nearest = ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)[:, :40]
+    torch.testing.assert_close(gptq(W, H, 4, 16), nearest)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("groupsize", [1, 7, 16, 40, 128])
+def test_never_worse_than_rtn_in_its_own_metric(bits, groupsize):
+    W, H = problem(seed=bits)
+    ours = output_error(gptq(W, H, bits, groupsize) - W, H)
+    nearest = output_error(quantize_weight(W, bits, groupsize) - W, H)
+    assert (ours <= nearest * (1 + 1e-5)).all()
+    if groupsize >= 16:
+        assert ours.sum() < 0.8 * nearest.sum()
+
+
+@pytest.mark.parametrize("groupsize", [7, 16, 128])
+def test_values_lie_on_each_groups_grid(groupsize):
+    W, H = problem()
+    rounded = gptq(W, H, 4, groupsize)
+    for rows in rounded.split(groupsize, dim=1):
+        for row in rows:
+            assert len(row.unique()) <= 16
+
+
+def test_blocks_of_columns_change_nothing(monkeypatch):
+    W, H = problem(columns=96, tokens=400)
+    whole = gptq(W, H)
+    monkeypatch.setattr("jqlib.gptq.BLOCK", 5)
+    torch.testing.assert_close(gptq(W, H), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["one token", "dead channels", "zero"])
+def test_poor_hessians(kind):
+    W, H = problem()
+    x = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
+    alive = (torch.arange(40) % 2).float()
+    H = {"one token": x.T @ x, "dead channels": H * alive * alive[:, None], "zero": 0 * H}[kind]
+    rounded = gptq(W, H, 4, 16)
+    assert torch.isfinite(rounded).all()
+    assert (output_error(rounded - W, H) <= output_error(quantize_weight(W, 4, 16) - W, H) + 1e-4).all()
+
+
+def test_says_that_it_damps_more_and_gives_up_with_a_name(caplog):
+    H = -0.05 * torch.eye(8) + torch.diag(torch.tensor([2.0] + [0.0] * 7))  # not positive: damping must grow
+    with caplog.at_level(logging.WARNING):
+        _inverse_cholesky(H, "layers.3.q_proj")
+    assert "layers.3.q_proj: damping 0.01 is too small" in caplog.text
+    with pytest.raises(FloatingPointError, match=r"layers.3.q_proj: its Hessian has no Cholesky factor"):
+        _inverse_cholesky(torch.full((4, 4), torch.nan), "layers.3.q_proj")
+
+
+@torch.inference_mode()
+def test_sequential_hessians_on_a_rotated_model(tiny_model, tokens, orthogonal):
+    """The second layer is calibrated on what the quantised first one gives it, R4 included."""
+    model = tiny_model(seed=1)
+    fuse_layer_norms(model)
+    R2 = {f"model.layers.{i}.self_attn.o_proj": orthogonal(8, i, torch.float32, (2,)) for i in range(2)}
+    rotate_model(model, orthogonal(48, 0, torch.float32), R2, None)
+    before, windows = copy.deepcopy(model), tokens(4, 64)
+    quantize_weights_gptq(model, windows, 4, 16)
+    half, inputs = copy.deepcopy(before), []
+    half.model.layers[0] = model.model.layers[0]
+    target = half.get_submodule("model.layers.1.mlp.down_proj")
+    target.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+    for window in windows:
+        half(window[None])
+    X = torch.cat(inputs)
+    expected = gptq(target.weight, X.T @ X, 4, 16)
+    torch.testing.assert_close(model.get_submodule("model.layers.1.mlp.down_proj").weight, expected)
+
+
+@torch.inference_mode()
+def test_lower_output_error_than_rtn_on_a_model(tiny_model, tokens):
+    model, windows = tiny_model(seed=2), tokens(8, 64)
+    logits = model(windows).logits
+    errors = {}
+    for weights in ("rtn", "gptq"):
+        quantised = copy.deepcopy(model)
+        quantize_model(quantised, 3, 16, 16, weights=weights, calib_data=windows)
+        errors[weights] = (quantised(windows).logits - logits).square().mean()
+        changed = {name for name, p in quantised.named_parameters() if not torch.equal(p, model.get_parameter(name))}
+        assert changed == {f"{layer}.{r}.weight" for layer, site in sites_of(model) for r in site.readers}
+    assert errors["gptq"] < errors["rtn"]
+
+
+def test_bad_input(tiny_model):
+    with pytest.raises(ValueError, match="weights='gptq' needs calib_data: token windows"):
+        quantize_model(tiny_model(), weights="gptq")
+    with pytest.raises(ValueError, match="weights='awq' is unknown; there are rtn, gptq"):
+        quantize_model(tiny_model(), weights="awq")
