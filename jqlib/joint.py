@@ -50,7 +50,7 @@ def train_r1_joint(
     """
     start = initial_rotation(hidden_size, init_mode, seed)[None].to(device)
     if not isinstance(acts, Mapping):
-        data: list[Tensor] | Stream = Stream(acts, hidden_size, device)
+        data: dict[str, Tensor] | Stream = Stream(acts, hidden_size, device)
         return _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)[0].cpu()
     modules = torch.tensor(len(acts), device=device)
     over_ranks(modules)
@@ -59,7 +59,7 @@ def train_r1_joint(
                          f"{', '.join(acts)}")  # fmt: skip
     for name, x in acts.items():
         _check(f"the activations of {name}", x, hidden_size)
-    data = [x[None] for x in acts.values()]  # (1, tokens, n) each
+    data = {name: x[None] for name, x in acts.items()}  # (1, tokens, n) each
     return _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)[0].cpu()
 
 
@@ -104,7 +104,7 @@ def train_r2_independent(
         )
     X = torch.cat(heads).to(device)  # (layers · kv, tokens · group, d)
     start = torch.stack([initial_rotation(X.shape[-1], init_mode, seed + i) for i in range(len(X))]).to(device)
-    R = _solve([X], start, solver, objective, lr, epochs, max_steps, seed, history).cpu()
+    R = _solve({"heads": X}, start, solver, objective, lr, epochs, max_steps, seed, history).cpu()
     return dict(zip(r2_acts, R.split(num_kv_heads), strict=True))
 
 
@@ -144,6 +144,16 @@ class Recorder:
             })  # fmt: skip
         self.start += time.perf_counter() - now
 
+    def finish(self, R: Tensor) -> None:
+        """Forget what minibatch steps reached in passing, so that the history ends with the R that is returned."""
+        if self.history is None:
+            return
+        loss = mean_value(self.batches, R, self.objective).mean().item()
+        while self.history[-1]["loss"] < loss * (1 - 1e-6):
+            self.history.pop()
+        if self.history[-1]["loss"] > loss * (1 + 1e-6):
+            self(R, loss)
+
 
 class Stream:
     """A user's batches (tokens, n) as the solver wants them, each checked: (1, tokens, n), float32 on the device."""
@@ -164,7 +174,7 @@ class Stream:
 
 
 def _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history) -> Tensor:
-    """``data``: layers, a list of (B, tokens, n), or a Stream; ``start``: (B, n, n)."""
+    """``data``: (B, tokens, n) by layer, or a Stream; ``start``: (B, n, n)."""
     function = get_objective(objective)
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
@@ -178,8 +188,10 @@ def _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)
     if solver in ("mm", "greedy"):
         log.warning("solver=%r needs no learning rate: lr and epochs have no effect", solver)
     if solver == "mm":
-        return minimise(batches, start, function, record=record, max_steps=max_steps)
-    layers = [x.to(start.device, torch.float32) for x in data]
+        R = minimise(batches, start, function, record=record, max_steps=max_steps)
+        record.finish(R)
+        return R
+    layers = [x.to(start.device, torch.float32) for x in data.values()]
     if solver == "greedy":
         return baselines.greedy(layers, start, function, max_steps, seed, record)
     step = {"sgd": baselines.sgd, "adam": baselines.adam, "cayley": baselines.cayley}[solver]

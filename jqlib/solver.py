@@ -17,6 +17,7 @@ Losses that no moderate λ majorises (range, kurtosis, lp, quant_error) take Ada
 
 import contextlib
 from itertools import islice
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -35,24 +36,27 @@ ADAM_STEPS, ADAM_ANGLE = 300, 0.12  # the first step turns a channel by about th
 class Minibatches:
     """Tokens of all layers in shuffled minibatches, each with its share of every layer; as often as asked.
 
-    ``layers``: a list of (B, tokens, n), in memory or memory-mapped.
+    ``layers``: (B, tokens, n) by name, in memory or memory-mapped. A layer's shuffle depends on its name and the seed
+    alone: the order of layers, or which process holds them, makes no difference.
     """
 
-    def __init__(self, layers: list[Tensor], seed: int = 0, device: str | torch.device = "cpu"):
+    def __init__(self, layers: dict[str, Tensor], seed: int = 0, device: str | torch.device = "cpu"):
         self.layers, self.seed, self.device = layers, seed, device
-        tokens = torch.tensor(sum(x.shape[1] for x in layers), device=device)
+        tokens = torch.tensor(sum(x.shape[1] for x in layers.values()), device=device)
         over_ranks(tokens)
-        self.count = max(1, tokens.item() // (MINIBATCH * layers[0].shape[-1]))
+        self.count = max(1, tokens.item() // (MINIBATCH * next(iter(layers.values())).shape[-1]))
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self):
-        shuffle = torch.Generator().manual_seed(self.seed)
-        orders = [torch.randperm(x.shape[1], generator=shuffle).tensor_split(self.count) for x in self.layers]
+        orders = [self._shuffle(name, x.shape[1]).tensor_split(self.count) for name, x in self.layers.items()]
         for i in range(self.count):
-            pieces = [x[:, order[i].to(x.device)] for x, order in zip(self.layers, orders, strict=True)]
+            pieces = [x[:, order[i].to(x.device)] for x, order in zip(self.layers.values(), orders, strict=True)]
             yield torch.cat(pieces, dim=1).to(self.device, torch.float32)
+
+    def _shuffle(self, name: str, tokens: int) -> Tensor:
+        return torch.randperm(tokens, generator=torch.Generator().manual_seed(self.seed + crc32(name.encode())))
 
 
 def minimise(batches, R: Tensor, objective: Objective, *, record, max_steps: int | None = None) -> Tensor:

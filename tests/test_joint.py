@@ -1,5 +1,9 @@
 import itertools
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,7 +129,7 @@ def test_greedy_warm_starts_each_layer_from_the_one_before():
     R = train_r1_joint(acts, N, LAYERS, solver="greedy", max_steps=5, seed=1, history=history)
     by_hand = initial_rotation(N, "hadamard", 1)[None]
     for x in acts.values():
-        tokens = Minibatches([x[None]], seed=1)
+        tokens = Minibatches({"layer": x[None]}, seed=1)
         by_hand = minimise(tokens, by_hand, get_objective("whip"), record=lambda *_: None, max_steps=5)
     torch.testing.assert_close(R, by_hand[0])
     assert len(history) == LAYERS + 1
@@ -134,7 +138,7 @@ def test_greedy_warm_starts_each_layer_from_the_one_before():
 
 
 def test_joint_does_not_depend_on_the_order_of_layers():
-    acts = layers(tokens=50)  # so few that every step sees all of them
+    acts = layers()
     R, backwards = (train_r1_joint(a, N, LAYERS, max_steps=5) for a in (acts, dict(reversed(acts.items()))))
     torch.testing.assert_close(R, backwards, rtol=0, atol=1e-4)
 
@@ -202,3 +206,60 @@ def test_nearby_polar_equals_polar_however_far(stretch, orthogonal):
     scale[::3] = stretch
     M = orthogonal(12, 0, torch.float32) * scale
     torch.testing.assert_close(nearby_polar(M), polar(M), rtol=0, atol=1e-5)
+
+
+class Mapped:
+    """Batches in files, opened one at a time."""
+
+    def __init__(self, folder, batches):
+        self.paths = [folder / f"{i}.bin" for i in range(len(batches))]
+        for path, x in zip(self.paths, batches, strict=True):
+            path.write_bytes(x.numpy().tobytes())
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __iter__(self):
+        for path in self.paths:
+            yield torch.from_file(str(path), size=path.stat().st_size // 4).view(-1, N)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_stream_of_files_gives_what_the_same_batches_in_memory_give(tmp_path, objective):
+    X = torch.cat(list(layers(tokens=600).values()))
+    batches = list(X[torch.randperm(len(X), generator=torch.Generator().manual_seed(0))].split(150))
+    history = []
+    R = train_r1_joint(Mapped(tmp_path, batches), N, LAYERS, objective=objective, max_steps=20, history=history)
+    assert torch.equal(R, train_r1_joint(batches, N, LAYERS, objective=objective, max_steps=20))
+    assert orthogonality_error(R) <= 1e-5
+    assert_monotone(history)
+    assert history[-1]["loss"] == pytest.approx(loss_of({"all": X}, R, objective), rel=1e-5)
+
+
+@pytest.mark.parametrize(("stream", "arguments", "error", "message"), [
+    ((x for x in layers().values()), {}, ValueError, "acts is a generator: give a dict, or batches that have a length"),
+    ([spoiled(torch.nan)["layer.2"]], {}, FloatingPointError, "NaN or Inf in batch 0 of the activations"),
+    ([torch.ones(5, N), torch.ones(5, 7)], {}, ValueError, r"batch 1 of the activations have shape \(5, 7\)"),
+    ([torch.ones(5, N)], {"solver": "sgd"}, ValueError, "solver='sgd' needs the activations of all layers in memory"),
+])  # fmt: skip
+def test_bad_streams(stream, arguments, error, message):
+    with pytest.raises(error, match=message):
+        train_r1_joint(stream, N, LAYERS, **arguments)
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    """Under torchrun each process holds half of the layers; one all-reduce a step makes them one."""
+    acts = layers(tokens=600)
+    torch.save(acts, tmp_path / "acts.pt")
+    script = Path(__file__).with_name("torchrun_r1.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for steps, tolerance in ((3, 1e-4), (None, 1e-2)):
+        alone = train_r1_joint(acts, N, LAYERS, max_steps=steps)
+        together = [torch.load(tmp_path / f"{steps}-{rank}.pt") for rank in range(2)]
+        assert torch.equal(*together)
+        torch.testing.assert_close(together[0], alone, rtol=0, atol=tolerance)
+        assert loss_of(acts, together[0]) == pytest.approx(loss_of(acts, alone), rel=1e-5)
