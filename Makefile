@@ -1,9 +1,9 @@
-# make workbook: the six notebooks on the embedded model.   make test: all tests.
+# make workbook: the six notebooks on the embedded model.   make test: all tests.   make bench: timings, as ratios.
 # Each makes .venv first when it is missing. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: workbook test lab report
+.PHONY: workbook test bench lab report
 
 workbook: .venv/made
 	$(BIN)/python -m jqlib run -f runs/smollm2-135m.yaml
@@ -15,6 +15,9 @@ test: .venv/made
 	$(BIN)/python -m pytest
 	JUPYTER_PREFER_ENV_PATH=1 JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output \
 	  $(BIN)/python -m pytest -p no:warnings --nbval-lax --nbval-current-env --nbval-cell-timeout=600 notebooks
+
+bench: .venv/made
+	$(BIN)/python tests/bench/solvers.py
 
 lab: .venv/made
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab notebooks

@@ -109,6 +109,21 @@ def convergence(histories: Mapping[str, list[dict]], ylabel: str) -> Figure:
         return figure
 
 
+def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
+    """As `convergence`, for several seeds a method: the median, and a band from the lowest to the highest."""
+    with plt.style.context(STYLE):
+        figure, axis = plt.subplots(figsize=(7.5, 4))
+        for name, runs in curves.items():
+            ends = [(run[0]["seconds"], run[-1]["seconds"]) for run in runs]
+            grid = np.geomspace(max(e[0] for e in ends), min(e[1] for e in ends), 60)  # where all runs are under way
+            lines = [np.interp(grid, [h["seconds"] for h in run], [h["loss"] for h in run]) for run in runs]
+            axis.semilogx(grid, np.median(lines, 0), label=name)
+            axis.fill_between(grid, np.min(lines, 0), np.max(lines, 0), alpha=0.25)
+        axis.set(xlabel="seconds since the call (log)", ylabel=ylabel)
+        axis.legend()
+        return figure
+
+
 def intervals(
     table: pd.DataFrame, label: str, groups: str, xlabel: str = "perplexity (log)", line: float | None = None
 ) -> Figure:
