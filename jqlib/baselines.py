@@ -42,7 +42,9 @@ def cayley(layers, start: Tensor, objective, lr: float, epochs: int, max_steps, 
         _check(value, step, lr)
         gradient = x.mT @ slope / x.shape[1]
         momentum = 0.9 * momentum + (gradient @ R.mT - R @ gradient.mT)
-        R = nearby_polar(torch.linalg.solve(eye + lr / 2 * momentum, (eye - lr / 2 * momentum) @ R))
+        turn = lr / 2 * momentum
+        _check(turn, step, lr)
+        R = nearby_polar(torch.linalg.solve(eye + turn, (eye - turn) @ R))
         record(R)
     return R
 
@@ -64,10 +66,11 @@ def _by_autograd(Z: Tensor, optimiser, layers, objective, epochs, max_steps, see
     """Minibatch steps of a torch optimiser on Z; R is the Q factor of Z."""
     batches, lr = _batches(layers, seed), optimiser.param_groups[0]["lr"]
     for step in tqdm(_steps(epochs, batches, max_steps), "rotation (by autograd)", unit="step"):
-        value, _ = objective(batches[step % len(batches)] @ _q_factor(Z))
+        y = batches[step % len(batches)] @ _q_factor(Z)
+        value, slope = objective(y.detach())
         _check(value, step, lr)
         optimiser.zero_grad()
-        value.mean(-1).sum().backward()
+        y.backward(slope / y.shape[1])
         optimiser.step()
         record(_q_factor(Z.detach()))
     _check(Z, step, lr)

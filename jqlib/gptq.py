@@ -2,7 +2,8 @@
 
 A linear's output error on calibration inputs X is tr(ΔW H ΔWᵀ) with H = XᵀX. Columns are taken in the order
 of falling H_jj; groups keep their place and their scale is chosen beforehand (static groups). Layer by layer: each
-layer's inputs come from the layers before it, quantised already. One layer's Hessians are in memory at a time.
+layer's inputs come from the layers before it, quantised already. One layer's Hessians are in memory at a time, beside
+the hidden states of all calibration windows.
 """
 
 import logging
@@ -35,7 +36,8 @@ def quantize_weights_gptq(model: nn.Module, calib_data: Tensor, bits: int = 4, g
             rounded = gptq(stacked, hessians[site.name], bits, groupsize, name=f"{name}.{site.readers[0]}")
             for linear, rows in zip(linears, rounded.split([len(linear.weight) for linear in linears]), strict=True):
                 linear.weight.data = rows.to(linear.weight.dtype)
-        hidden = [_run(layer, x, kwargs) for x in hidden]
+        for i, x in enumerate(hidden):
+            hidden[i] = _run(layer, x, kwargs)
 
 
 def gptq(weight: Tensor, hessian: Tensor, bits: int = 4, groupsize: int = 128, *, name: str = "a weight") -> Tensor:
@@ -79,7 +81,8 @@ def _inverse_cholesky(hessian: Tensor, name: str) -> Tensor:
     H = hessian.double()
     mean = H.diagonal().mean().clamp(min=1e-30)
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
-        damped = H + damping * mean * torch.eye(len(H), dtype=H.dtype, device=H.device)
+        damped = H.clone()
+        damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

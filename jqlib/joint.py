@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sized
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from jqlib import baselines
 from jqlib.hadamard import random_hadamard
@@ -44,6 +44,7 @@ def train_r1_joint(
     DartQuant's published optimiser (``lr``, ``epochs``), ``"adam"`` the same with Adam, ``"cayley"`` SpinQuant's
     (Cayley SGD); ``"greedy"`` goes layer after layer. ``max_steps=0`` returns the start. ``history`` receives a dict
     a step: step, seconds since the call, loss over all tokens, orthogonality (largest entry of \\|RᵀR − I\\|).
+    Of ``"mm"``, whose steps on minibatches may rise in passing, it holds the steps that reached a new low, and the end.
 
     Raises ValueError for shapes and names that don't fit, FloatingPointError for NaN or Inf in ``acts``
     (with the module's name) and for a loss that turns NaN (with the learning rate).
@@ -85,7 +86,7 @@ def train_r2_independent(
     ``r2_acts``: the inputs of the o_proj, ``{name: (tokens, num_heads · head_dim)}``; the query heads of a
     group share their kv head's rotation. Where the model is smoothed, give ``smooth_scale``: R2 acts
     behind it. All heads are solved in one batch. The rest is as in `train_r1_joint`; the loss in
-    ``history`` is the mean over heads.
+    ``history`` is the mean over heads. Under torch.distributed each process gives its tokens of every layer.
     """
     if num_heads % num_kv_heads:
         raise ValueError(f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}")
@@ -145,14 +146,15 @@ class Recorder:
         self.start += time.perf_counter() - now
 
     def finish(self, R: Tensor) -> None:
-        """Forget what minibatch steps reached in passing, so that the history ends with the R that is returned."""
+        """The history ends now and with the R that is returned: forget what minibatch steps reached in passing."""
         if self.history is None:
             return
+        now = time.perf_counter()
         loss = mean_value(self.batches, R, self.objective).mean().item()
+        self.start += time.perf_counter() - now
         while self.history[-1]["loss"] < loss * (1 - 1e-6):
             self.history.pop()
-        if self.history[-1]["loss"] > loss * (1 + 1e-6):
-            self(R, loss)
+        self(R, min(loss, self.history[-1]["loss"]))
 
 
 class Stream:
@@ -162,13 +164,16 @@ class Stream:
         if not hasattr(batches, "__len__") or iter(batches) is batches:
             raise ValueError(f"acts is a {type(batches).__name__}: give a dict, or batches that have a length and can "
                              "be read many times, such as a list of memory-mapped tensors or a DataLoader")  # fmt: skip
+        if len(batches) == 0:
+            raise ValueError("acts holds no batches")
         self.batches, self.features, self.device = batches, features, device
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self):
-        for i, x in enumerate(self.batches):
+        for i, batch in enumerate(self.batches):
+            x = batch[0] if isinstance(batch, (list, tuple)) else batch  # a DataLoader of a TensorDataset gives [x]
             _check(f"batch {i} of the activations", x, self.features)
             yield x[None].to(self.device, torch.float32)
 
@@ -180,7 +185,10 @@ def _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)
         raise ValueError(f"solver {solver!r} is unknown; there are {', '.join(SOLVERS)}")
     if solver != "mm" and isinstance(data, Stream):
         raise ValueError(f"solver={solver!r} needs the activations of all layers in memory: give a dict")
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs}: at least 1 is needed")
     batches = data if isinstance(data, Stream) else Minibatches(data, seed, start.device)
+    _check_processes(solver, len(batches), history is not None)
     record = Recorder(history, batches, function, falling=solver == "mm")
     record(start)
     if max_steps == 0:
@@ -196,6 +204,18 @@ def _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)
         return baselines.greedy(layers, start, function, max_steps, seed, record)
     step = {"sgd": baselines.sgd, "adam": baselines.adam, "cayley": baselines.cayley}[solver]
     return step(layers, start, function, lr, epochs, max_steps, seed, record)
+
+
+def _check_processes(solver: str, *same) -> None:
+    """Processes of torch.distributed that went different ways would wait for each other for ever."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return
+    if solver != "mm":
+        raise ValueError(f"solver={solver!r} runs in one process; torch.distributed is for 'mm'")
+    every: list = [None] * distributed.get_world_size()
+    distributed.all_gather_object(every, same)
+    if len(set(every)) > 1:
+        raise ValueError(f"the processes differ in (number of batches, history wanted): {every}")
 
 
 def _check(what: str, x: Tensor, features: int) -> None:

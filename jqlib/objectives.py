@@ -114,4 +114,4 @@ def over_ranks(*tensors: Tensor) -> None:
 
 
 def _chunks(batches, chunk: int):
-    return (x for batch in batches for x in batch.tensor_split(-(-batch.shape[1] // chunk), dim=1))
+    return (x for batch in batches for x in batch.tensor_split(max(1, -(-batch.shape[1] // chunk)), dim=1))

@@ -98,8 +98,8 @@ def r2(
         return R, _training(steps, start, collect_seconds if training else 0.0)
 
     names = ("max_tokens", "objective", *(("init_mode", "r2_lr", "r2_epochs") if training else ()))
-    alpha = config.smooth_alpha if smooth_scale else None
-    depends = _depends(config, *names) | {"solver": solver, "alpha": alpha, "history": history}
+    depends = _depends(config, *names) | {"solver": solver, "history": history, "smoothed": sorted(smooth_scale or ())}
+    depends["alpha"] = config.smooth_alpha if smooth_scale else None
     return artifact(config.folder, f"r2-{solver}", depends, make)
 
 
@@ -208,7 +208,7 @@ def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
         return _depends(config) | {"recipe": None}
     names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
     does = {name: value for name, value in vars(recipe).items() if name not in ("label", "weights")}
-    return _depends(config, *names) | {"recipe": does}
+    return _depends(config, *names) | {"recipe": does, "objective": recipe.objective or config.objective}
 
 
 def _row(ppl: Perplexity) -> dict:

@@ -64,8 +64,8 @@ def quantize_activation(x: Tensor, bits: int = 4, clip: float = 1.0, groupsize: 
     0 always among them.
     """
     groups = x if groupsize is None else x.unflatten(-1, (-1, groupsize))
-    codes, scale = asymmetric_codes(groups, bits, clip)
-    return codes.mul_(scale).view(x.shape)
+    codes, scale = asymmetric_codes(groups.to(torch.promote_types(x.dtype, torch.float32)), bits, clip)
+    return codes.mul_(scale).view(x.shape).to(x.dtype)
 
 
 def asymmetric_codes(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ A smaller λ goes further: we start at ‖∇f‖ / ‖XᵀXR‖ (for Whip about
 pass before, so that their noise dies away; early steps cost a twentieth of a full one. Then steps on all tokens,
 extrapolated along the last two (Nesterov); one that raises the loss is taken back, λ doubled, until nothing is gained.
 
-Losses that no moderate λ majorises (range, kurtosis, lp, quant_error) take Adam steps in the Lie algebra first.
+Losses that no moderate λ majorises (range, kurtosis, lp, quant_error) begin with 300 Adam steps on minibatches, in the
+Lie algebra: an angle per step is given, the same for every loss and size.
 """
 
 import contextlib
@@ -79,8 +80,8 @@ def minimise(batches, R: Tensor, objective: Objective, *, record, max_steps: int
 
 def _majorising_passes(batches, R, objective, steps, record, bar):
     """Passes over minibatches that double, one plain step each; returns R and the steps left."""
-    sample, size = [next(iter(batches))], 1
-    damping = _start_damping(mean_loss(sample, R, objective)[1], mean_loss(sample, R, _half_square)[1])
+    sample, size = [next(iter(batches))], _smallest(batches)
+    damping = _start_damping(mean_loss(sample, R, objective)[1], second_moment(sample, R) @ R)
     while 2 * size <= len(batches) and steps != 0:
         for group in _grouped(batches, len(batches) // size):
             if steps == 0:
@@ -100,9 +101,12 @@ def _majoriser(objective, damping: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return y.square().sum(-1) / 2, damping * y - objective(y)[1]
 
 
-def _half_square(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Its gradient in R is XᵀXR."""
-    return y.square().sum(-1) / 2, y
+def _smallest(batches) -> int:
+    """How many of the batches (over all processes) make MINIBATCH tokens a channel."""
+    x = next(iter(batches))
+    tokens = torch.tensor(x.shape[1], device=x.device)
+    over_ranks(tokens)
+    return -(-MINIBATCH * x.shape[-1] // tokens.item())
 
 
 def _start_damping(gradient: Tensor, pull: Tensor) -> Tensor:
@@ -118,9 +122,9 @@ def _adam_passes(batches, R, objective, steps, record, bar):
     """
     total = ADAM_STEPS if steps is None else min(steps, ADAM_STEPS)
     eye, mean, square = torch.eye(R.shape[-1], device=R.device), torch.zeros_like(R), torch.zeros_like(R)
-    done, scale = 0, None
+    done, scale, groups = 0, None, max(1, len(batches) // _smallest(batches))
     while done < total:
-        for group in islice(_grouped(batches, len(batches)), total - done):
+        for group in islice(_grouped(batches, groups), total - done):
             gradient = mean_loss(group, R, objective)[1] @ R.mT
             skew = gradient - gradient.mT
             scale = skew.abs().amax((1, 2), keepdim=True).clamp(min=1e-30) if scale is None else scale
@@ -128,7 +132,7 @@ def _adam_passes(batches, R, objective, steps, record, bar):
             done += 1
             mean, square = mean.lerp(skew, 0.1), square.lerp(skew * skew, 0.01)
             direction = mean / (1 - 0.9**done) / ((square / (1 - 0.99**done)).sqrt() + 1e-8)
-            angle = ADAM_ANGLE / R.shape[-1] ** 0.5 * (1 - (done - 1) / ADAM_STEPS)
+            angle = ADAM_ANGLE / R.shape[-1] ** 0.5 * (1 - (done - 1) / total)
             R = nearby_polar((eye - angle * direction) @ R)
             bar.update()
             record(R)
@@ -192,10 +196,11 @@ def polar(M: Tensor) -> Tensor:
 def nearby_polar(M: Tensor) -> Tensor:
     """`polar` for an M that is not far from a rotation, by Newton–Schulz: products only."""
     bound = (M.mT @ M).abs().sum(-1).amax(-1).sqrt()  # of the largest singular value; scaling keeps the polar factor
-    R = M / bound[..., None, None]
+    R, eye = M / bound[..., None, None], torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     for _ in range(15):
-        R = 1.5 * R - 0.5 * R @ (R.mT @ R)
-        if orthogonality_error(R) < 1e-6:
+        gram = R.mT @ R
+        R = 1.5 * R - 0.5 * R @ gram
+        if (gram - eye).abs().max() < 1e-4:  # the step just taken squares it
             return R
     return polar(M)
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from jqlib.config import HELP, KINDS, NOTEBOOKS, ROOT, default_of, make_config
+from jqlib.store import METHOD
 
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
 
@@ -82,6 +83,15 @@ def test_the_arrows_of_the_house():
     assert not {"pipeline", "store", "plots"} & set().union(
         *(arrows[n] for n in ("rotation", "quant", "smooth", "joint"))
     )
+
+
+def test_artifacts_know_all_code_they_depend_on():
+    """A module that the pipeline reaches and METHOD forgets would leave stale results looking valid."""
+    arrows, reached, new = imports(), set(), {"pipeline"}
+    while new:
+        reached |= new
+        new = set().union(*(arrows[name] for name in new)) - reached
+    assert reached - {"config", "store"} == set(METHOD)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jqlib").glob("*.py")), ids=lambda p: p.name)

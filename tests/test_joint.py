@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from jqlib.joint import SOLVERS, initial_rotation, orthogonality_error, train_r1_joint
 from jqlib.objectives import OBJECTIVES, get_objective, mean_value
@@ -178,6 +179,8 @@ def spoiled(value: float):
     (layers(), {"init_mode": "zeros"}, ValueError, "init_mode 'zeros' is unknown; there are hadamard"),
     (layers(), {"solver": "newton", "max_steps": 0}, ValueError, "solver 'newton' is unknown"),
     (layers(), {"solver": "sgd", "lr": torch.inf}, FloatingPointError, "lr=inf: lower lr"),
+    (layers(), {"solver": "cayley", "lr": torch.inf}, FloatingPointError, "lr=inf: lower lr"),
+    (layers(), {"solver": "sgd", "epochs": 0}, ValueError, "epochs=0: at least 1 is needed"),
 ])  # fmt: skip
 def test_bad_input(acts, arguments, error, message):
     with pytest.raises(error, match=message):
@@ -236,9 +239,28 @@ def test_a_stream_of_files_gives_what_the_same_batches_in_memory_give(tmp_path, 
     assert history[-1]["loss"] == pytest.approx(loss_of({"all": X}, R, objective), rel=1e-5)
 
 
+def test_a_data_loader_of_small_batches():
+    """Batches smaller than a step wants are taken together; a TensorDataset's come in lists."""
+    X = torch.cat(list(layers(tokens=600).values()))
+    loader = DataLoader(TensorDataset(X), batch_size=20)
+    R = train_r1_joint(loader, N, LAYERS)
+    large = train_r1_joint(list(X.split(160)), N, LAYERS)  # 160 is 8 times 20, and more than 8 tokens a channel
+    assert loss_of({"all": X}, R) == pytest.approx(loss_of({"all": X}, large), rel=0.02)
+
+
+@pytest.mark.parametrize("solver", ["sgd", "adam", "cayley"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_baseline_lowers_every_objective(solver, objective):
+    lr = {"sgd": 1e-3, "adam": 1e-3, "cayley": 1e-4}[solver]
+    acts, history = layers(), []
+    train_r1_joint(acts, N, LAYERS, solver=solver, objective=objective, lr=lr, history=history)
+    assert history[-1]["loss"] < history[0]["loss"]
+
+
 @pytest.mark.parametrize(("stream", "arguments", "error", "message"), [
     ((x for x in layers().values()), {}, ValueError, "acts is a generator: give a dict, or batches that have a length"),
     ([spoiled(torch.nan)["layer.2"]], {}, FloatingPointError, "NaN or Inf in batch 0 of the activations"),
+    ([], {}, ValueError, "acts holds no batches"),
     ([torch.ones(5, N), torch.ones(5, 7)], {}, ValueError, r"batch 1 of the activations have shape \(5, 7\)"),
     ([torch.ones(5, N)], {"solver": "sgd"}, ValueError, "solver='sgd' needs the activations of all layers in memory"),
 ])  # fmt: skip

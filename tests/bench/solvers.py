@@ -46,13 +46,13 @@ def methods(data) -> dict:
     whip, layers = get_objective("whip"), list(data.values())
 
     def joint(start, seed, record):
-        minimise(Minibatches(data, seed), start, whip, record=record)
+        return minimise(Minibatches(data, seed), start, whip, record=record)
 
     def baseline(solver, lr, start, seed, record):
-        getattr(baselines, solver)(layers, start, whip, lr, EPOCHS, None, seed, record)
+        return getattr(baselines, solver)(layers, start, whip, lr, EPOCHS, None, seed, record)
 
     def greedy(start, seed, record):
-        baselines.greedy(layers, start, whip, None, seed, record)
+        return baselines.greedy(layers, start, whip, None, seed, record)
 
     found = {"joint (mm)": joint, "SGD, published (lr 0.001)": partial(baseline, "sgd", 1e-3)}
     for solver, rates in RATES.items():
@@ -77,7 +77,8 @@ def run(method, data, seed: int, points: int = POINTS) -> list[dict]:
     """``seconds`` and ``loss`` at up to ``points`` moments of one training, evenly spread in log time, and its end."""
     start = initial_rotation(next(iter(data.values())).shape[-1], "hadamard", seed)[None]
     begin, kept = time.perf_counter(), []
-    method(start, seed, lambda R, loss=None: kept.append((time.perf_counter() - begin, R.clone())))
+    end = method(start, seed, lambda R, loss=None: kept.append((time.perf_counter() - begin, R.clone())))
+    kept.append((time.perf_counter() - begin, end))
     moments = np.log([seconds for seconds, _ in kept])
     chosen = {int(np.abs(moments - m).argmin()) for m in np.linspace(moments[0], moments[-1], points)} | {len(kept) - 1}
     whip = get_objective("whip")
