@@ -18,6 +18,7 @@ test: .venv/made
 
 bench: .venv/made
 	$(BIN)/python tests/bench/solvers.py
+	$(BIN)/python tests/bench/cost.py
 
 lab: .venv/made
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab notebooks

@@ -111,6 +111,8 @@ def write_html(notebooks: list[Path], to: Path) -> None:
 
     merged = nbformat.read(notebooks[0], as_version=4)
     merged.cells = [cell for path in notebooks for cell in nbformat.read(path, as_version=4).cells]
+    for i, cell in enumerate(merged.cells):
+        cell.id = f"cell-{i}"  # each notebook counts from 0
     merged.metadata["title"] = "JointQuant"
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(merged)

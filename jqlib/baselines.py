@@ -56,7 +56,7 @@ def greedy(layers, start: Tensor, objective, max_steps, seed: int, record) -> Te
     """
     R = start
     for x in layers:
-        batches = Minibatches({"layer": x}, seed, x.device)
+        batches = Minibatches({"layer": x}, seed, start.device)
         R = minimise(batches, R, objective, record=lambda *_: None, max_steps=max_steps or GREEDY_STEPS)
         record(R)
     return R

@@ -42,6 +42,7 @@ class Config:
     smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
     w_bits: int = _setting(4, "bits of weights, 2 to 16; 16 leaves them alone")
     a_bits: int = _setting(4, "bits of activations, 2 to 16; 16 leaves them alone")
+    kv_bits: int = _setting(16, "bits of the KV cache, 2 to 16; 16 leaves it alone")
     weights: str = _setting("rtn", "how weights are rounded: rtn or gptq")
     w_groupsize: int = _setting(128, "weights that share a scale, along the input")
     calib_dataset: str | None = _setting(None, "wiki, wikitext2, c4, a folder or a text file; None: the model's own")
@@ -99,8 +100,8 @@ RECIPES = {
 }
 
 PROFILES = {
-    "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 512, "eval_windows": 4},
-    "standard": {"nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_windows": 8},
+    "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_windows": 4},
+    "standard": {"nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_windows": 4},
     "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": None},
 }
 
@@ -116,7 +117,7 @@ OPTIONAL = {f.name for f in fields(Config) if not isinstance(f.type, type)}
 LIMITS = [
     ("nsamples", 1, 1e6), ("seqlen", 2, 1e6), ("max_tokens", 1, 1e9), ("eval_windows", 1, 1e9),
     ("r1_lr", 0, 1e9), ("r2_lr", 0, 1e9), ("r1_epochs", 1, 1e6), ("r2_epochs", 1, 1e6), ("smooth_alpha", 0, 1),
-    ("w_bits", 2, 16), ("a_bits", 2, 16), ("w_groupsize", 1, 1e9), ("seed", 0, 2**31),
+    ("w_bits", 2, 16), ("a_bits", 2, 16), ("kv_bits", 2, 16), ("w_groupsize", 1, 1e9), ("seed", 0, 2**31),
 ]  # fmt: skip
 CHOICES = {
     "profile": tuple(PROFILES),

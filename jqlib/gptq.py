@@ -53,13 +53,9 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int = 4, groupsize: int = 128, *
     rounded = torch.empty_like(weight)
     rounded[:, order] = _columns(weight[:, order].T.contiguous(), scale[:, order].T.contiguous(), inverse, bits).T
     nearest = quantize_weight(weight, bits, groupsize)
-    worse = output_error(rounded - weight, hessian) > output_error(nearest - weight, hessian)
+    # a difference of two squares needs one product with H
+    worse = (((rounded - nearest) @ hessian) * (rounded + nearest - 2 * weight)).sum(1) > 0
     return torch.where(worse[:, None], nearest, rounded)
-
-
-def output_error(change: Tensor, hessian: Tensor) -> Tensor:
-    """The diagonal of ΔW H ΔWᵀ: (out,), for a change (out, in)."""
-    return ((change @ hessian) * change).sum(1)
 
 
 def _columns(weight: Tensor, scale: Tensor, inverse: Tensor, bits: int) -> Tensor:
@@ -77,17 +73,19 @@ def _columns(weight: Tensor, scale: Tensor, inverse: Tensor, bits: int) -> Tenso
 
 
 def _inverse_cholesky(hessian: Tensor, name: str) -> Tensor:
-    """Upper U with (H + damping)⁻¹ = UᵀU; the damping grows until it exists. Inputs never seen count as unrelated."""
-    H = hessian.double()
+    """Upper U with (H + damping)⁻¹ = UᵀU; the damping grows until it exists. Inputs never seen count as unrelated.
+
+    With the order of rows and columns reversed, H = LLᵀ is a product UUᵀ of upper factors: its inverse is U's.
+    """
+    H = hessian.flip(0, 1).double()
     mean = H.diagonal().mean().clamp(min=1e-30)
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
         damped = H.clone()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper.float()
+            eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float().contiguous()
         log.warning("%s: damping %g is too small for its Hessian, trying more", name, damping)
     raise FloatingPointError(f"{name}: its Hessian has no Cholesky factor even with damping {damping:g}: are the "
                              "calibration activations finite?")  # fmt: skip

@@ -123,38 +123,46 @@ def initial_rotation(n: int, init_mode: str, seed: int) -> Tensor:
 class Recorder:
     """Fills ``history``. The time it spends on measuring the loss over all tokens is not counted.
 
+    Where the loss must be measured only every so many steps are, ever fewer: each 10% later than the last.
     ``falling``: a step counts only if it is the lowest so far (one on a minibatch may raise the loss over all tokens).
     """
 
     def __init__(self, history: list[dict] | None, batches, objective: Objective, falling: bool):
         self.history, self.batches, self.objective, self.falling = history, batches, objective, falling
+        self.step = self.due = 0
         self.start = time.perf_counter()
 
     def __call__(self, R: Tensor, loss: float | None = None) -> None:
         """Record R; ``loss`` over all tokens, where the solver knows it, need not be measured."""
         if self.history is None:
             return
-        now = time.perf_counter()
-        loss = mean_value(self.batches, R, self.objective).mean().item() if loss is None else loss
-        if not (self.falling and self.history) or loss <= self.history[-1]["loss"]:
-            self.history.append({
-                "step": len(self.history),
-                "seconds": now - self.start,
-                "loss": loss,
-                "orthogonality": orthogonality_error(R),
-            })  # fmt: skip
-        self.start += time.perf_counter() - now
+        if loss is not None or self.step >= self.due:
+            self._add(R, loss)
+            self.due = self.step + 1 + self.step // 10
+        self.step += 1
 
     def finish(self, R: Tensor) -> None:
         """The history ends now and with the R that is returned: forget what minibatch steps reached in passing."""
         if self.history is None:
             return
+        self.step -= 1
         now = time.perf_counter()
         loss = mean_value(self.batches, R, self.objective).mean().item()
         self.start += time.perf_counter() - now
-        while self.history[-1]["loss"] < loss * (1 - 1e-6):
+        while self.history and (self.history[-1]["step"] >= self.step or self._in_passing(loss)):
             self.history.pop()
-        self(R, min(loss, self.history[-1]["loss"]))
+        self._add(R, min(loss, self.history[-1]["loss"]) if self.falling and self.history else loss)
+
+    def _in_passing(self, loss: float) -> bool:
+        return self.falling and self.history[-1]["loss"] < loss * (1 - 1e-6)
+
+    def _add(self, R: Tensor, loss: float | None = None) -> None:
+        now = time.perf_counter()
+        loss = mean_value(self.batches, R, self.objective).mean().item() if loss is None else loss
+        if not (self.falling and self.history) or loss <= self.history[-1]["loss"]:
+            error = orthogonality_error(R)
+            self.history.append({"step": self.step, "seconds": now - self.start, "loss": loss, "orthogonality": error})
+        self.start += time.perf_counter() - now
 
 
 class Stream:
@@ -197,13 +205,14 @@ def _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)
         log.warning("solver=%r needs no learning rate: lr and epochs have no effect", solver)
     if solver == "mm":
         R = minimise(batches, start, function, record=record, max_steps=max_steps)
-        record.finish(R)
-        return R
-    layers = [x.to(start.device, torch.float32) for x in data.values()]
-    if solver == "greedy":
-        return baselines.greedy(layers, start, function, max_steps, seed, record)
-    step = {"sgd": baselines.sgd, "adam": baselines.adam, "cayley": baselines.cayley}[solver]
-    return step(layers, start, function, lr, epochs, max_steps, seed, record)
+    elif solver == "greedy":
+        R = baselines.greedy(data.values(), start, function, max_steps, seed, record)
+    else:
+        train = {"sgd": baselines.sgd, "adam": baselines.adam, "cayley": baselines.cayley}[solver]
+        layers = [x.to(start.device, torch.float32) for x in data.values()]
+        R = train(layers, start, function, lr, epochs, max_steps, seed, record)
+    record.finish(R)
+    return R
 
 
 def _check_processes(solver: str, *same) -> None:

@@ -34,6 +34,7 @@ class Family:
 
     sites: tuple[Site, ...]
     writers: tuple[str, ...]  # linears whose output is added to the residual stream
+    attention: str = "self_attn"  # in a layer
     embed: str = "model.embed_tokens"
     layers: str = "model.layers"
     final_norm: str = "model.norm"
@@ -141,6 +142,11 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     name = family_of(model).layers
     for i, layer in enumerate(model.get_submodule(name)):
         yield f"{name}.{i}", layer
+
+
+def attentions_of(model: nn.Module) -> list[nn.Module]:
+    """The attention module of every layer."""
+    return [layer.get_submodule(family_of(model).attention) for _, layer in layers_of(model)]
 
 
 def sites_of(model: nn.Module, *names: str) -> list[tuple[str, Site]]:

@@ -4,7 +4,9 @@ Each step is an artifact (`jqlib.store`): notebooks share it and a rerun reuses 
 """
 
 import time
+from copy import deepcopy
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,54 +53,48 @@ def activations(config: Config, *names: str) -> tuple[dict[str, Tensor], float]:
     return {target: acts[target] for layer in layers for target in layer}, values["seconds"]
 
 
-def r1(config: Config, solver: str, history: bool = False) -> tuple[Tensor, dict]:
-    """R1, (hidden, hidden), by ``"hadamard"`` (no training) or a solver.
+def r1(config: Config, solver: str, restart: int = 0) -> tuple[Tensor, dict]:
+    """R1, (hidden, hidden), by ``"hadamard"`` (no training) or a solver; ``restart`` counts starts on the same tokens.
 
-    Beside it what training it took (``train_seconds``, ``collect_seconds``) and, where asked for, its ``history``
-    (measuring the loss at every step takes longer than the training).
+    Beside it the ``history`` of its training, and the seconds of it (``train_seconds``, ``collect_seconds``).
     """
     training = solver != "hadamard"
 
     def make():
         acts, collect_seconds = activations(config, *models.R1_SITES)
         hidden, layers = next(iter(acts.values())).shape[-1], len(acts) // len(models.R1_SITES)
-        steps: list[dict] | None = [] if history else None
-        start = time.perf_counter()
+        history: list[dict] = []
         R = train_r1_joint(
             acts, hidden, layers, config.device, config.r1_lr, config.r1_epochs,
             config.init_mode if training else "hadamard", solver=solver if training else "mm",
-            objective=config.objective, max_steps=None if training else 0, seed=config.seed, history=steps,
+            objective=config.objective, max_steps=None if training else 0, seed=config.seed + restart, history=history,
         )  # fmt: skip
-        return {"R1": R}, _training(steps, start, collect_seconds if training else 0.0)
+        return {"R1": R}, _training(history, collect_seconds if training else 0.0)
 
     names = ("max_tokens", "objective", *(("init_mode", "r1_lr", "r1_epochs") if training else ()))
-    tensors, values = artifact(
-        config.folder, f"r1-{solver}", _depends(config, *names) | {"solver": solver, "history": history}, make
-    )
+    depends = _depends(config, *names) | {"solver": solver, "restart": restart}
+    tensors, values = artifact(config.folder, f"r1-{solver}", depends, make)
     return tensors["R1"], values
 
 
-def r2(
-    config: Config, solver: str, smooth_scale: dict[str, Tensor] | None = None, history: bool = False
-) -> tuple[dict[str, Tensor], dict]:
+def r2(config: Config, solver: str, smooth_scale: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict]:
     """R2 of every layer, ``{o_proj name: (kv heads, d, d)}``, on smoothed inputs where scales are given; see `r1`."""
     training = solver != "hadamard"
 
     def make():
         acts, collect_seconds = activations(config, "o")
         shape = models.load_config(config.model)
-        steps: list[dict] | None = [] if history else None
-        start = time.perf_counter()
+        history: list[dict] = []
         R = train_r2_independent(
             acts, shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads,
             config.device, config.r2_lr, config.r2_epochs, config.init_mode if training else "hadamard",
             smooth_scale=smooth_scale, solver=solver if training else "mm", objective=config.objective,
-            max_steps=None if training else 0, seed=config.seed, history=steps,
+            max_steps=None if training else 0, seed=config.seed, history=history,
         )  # fmt: skip
-        return R, _training(steps, start, collect_seconds if training else 0.0)
+        return R, _training(history, collect_seconds if training else 0.0)
 
     names = ("max_tokens", "objective", *(("init_mode", "r2_lr", "r2_epochs") if training else ()))
-    depends = _depends(config, *names) | {"solver": solver, "history": history, "smoothed": sorted(smooth_scale or ())}
+    depends = _depends(config, *names) | {"solver": solver, "smoothed": sorted(smooth_scale or ())}
     depends["alpha"] = config.smooth_alpha if smooth_scale else None
     return artifact(config.folder, f"r2-{solver}", depends, make)
 
@@ -145,21 +141,29 @@ def transform(config: Config, recipe: Recipe):
     return model, seconds
 
 
+@lru_cache(maxsize=1)
+def _transformed(config: Config, recipe: Recipe | None):
+    """`transform`, kept for the next row of the same recipe: copy it before changing it."""
+    return transform(config, recipe) if recipe else (load_model(config), 0.0)
+
+
 def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) -> dict:
     """One row of a table: the perplexity of a recipe at these bits; ``recipe=None`` is the FP model untouched.
 
-    Weights are rounded as the recipe says, else as the run does (``config.weights``).
+    Weights are rounded as the recipe says, else as the run does (``config.weights``), the KV cache as the run says.
     """
+    kv_bits = config.kv_bits if recipe else OFF
     weights = (recipe.weights or config.weights) if recipe and w_bits < OFF else "none"
 
     def make():
-        model, seconds = transform(config, recipe) if recipe else (load_model(config), 0.0)
+        model, seconds = _transformed(config, recipe)
         if recipe:
+            model = deepcopy(model)
             calib_data = load_calibration(config) if weights == "gptq" else None
             start = time.perf_counter()
             quantize_model(
                 model, w_bits, a_bits, config.w_groupsize, weights="rtn" if weights == "none" else weights,
-                calib_data=calib_data, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head,
+                kv_bits=kv_bits, calib_data=calib_data, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head,
             )  # fmt: skip
             seconds += time.perf_counter() - start
         ppl = evaluate_perplexity(
@@ -172,9 +176,9 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
         name: getattr(config, name) for name in ("eval_windows", "w_groupsize")
     }
     depends["eval_dataset"] = path_fingerprint(config.eval_dataset or "default")
-    depends |= {"w_bits": w_bits, "a_bits": a_bits, "weights": weights}
+    depends |= {"w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits, "weights": weights}
     values = artifact(config.folder, "evaluation", depends, make)[1]
-    bits = {"weights": weights, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": 16}
+    bits = {"weights": weights, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits}
     return bits | {name: value for name, value in values.items() if name != "reused"}
 
 
@@ -182,7 +186,7 @@ def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
     """Of what each site reads under a recipe (None: in the model as it is): ``{first reader: kurtosis}``."""
 
     def make():
-        model = transform(config, recipe)[0] if recipe else load_model(config)
+        model, _ = _transformed(config, recipe)
         moments: dict[str, Moments] = {}
         windows = load_calibration(config)[:2]  # moments settle fast: thousands of tokens times hundreds of channels
         collect_activations(model, windows, site_targets(model), config.device, 1, raw=True, moments=moments)
@@ -198,7 +202,7 @@ def protocol(config: Config) -> dict:
     return {
         "dataset": config.eval_dataset or default, "split": "test", "seqlen": config.seqlen, "windows": windows,
         "bos": False, "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
-        "not_quantised": "embeddings, lm_head, KV cache",
+        "not_quantised": "embeddings, lm_head" + (", KV cache" if config.kv_bits == OFF else ""),
     }  # fmt: skip
 
 
@@ -215,9 +219,8 @@ def _row(ppl: Perplexity) -> dict:
     return {"ppl": float(ppl), "ppl_low": ppl.low, "ppl_high": ppl.high, "nll": ppl.nll}
 
 
-def _training(history: list[dict] | None, start: float, collect_seconds: float) -> dict:
-    seconds = history[-1]["seconds"] if history else time.perf_counter() - start
-    return {"history": history, "train_seconds": seconds, "collect_seconds": collect_seconds}
+def _training(history: list[dict], collect_seconds: float) -> dict:
+    return {"history": history, "train_seconds": history[-1]["seconds"], "collect_seconds": collect_seconds}
 
 
 def _depends(config: Config, *names: str) -> dict:

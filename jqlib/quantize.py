@@ -1,4 +1,4 @@
-"""A model quantised in place: weights by RTN or GPTQ, activations by hooks where a site's input is made.
+"""A model quantised in place: weights by RTN or GPTQ, activations by hooks where a site's input is made, the KV cache.
 
 Matmuls stay in floating point; embeddings and the head are not quantised.
 """
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jqlib.gptq import quantize_weights_gptq
+from jqlib.hadamard import factors
+from jqlib.kv_cache import quantize_kv_cache
 from jqlib.models import done, head_dim_of, sites_of
 from jqlib.quant import OFF, check_bits, quantize_activation, quantize_weight
 
@@ -21,6 +23,7 @@ def quantize_model(
     a_bits: int = 4,
     w_groupsize: int = 128,
     *,
+    kv_bits: int = OFF,
     weights: str = "rtn",
     calib_data: Tensor | None = None,
     a_clip: float = 1.0,
@@ -30,12 +33,13 @@ def quantize_model(
 
     ``weights``: ``"rtn"`` rounds each weight to its nearest; ``"gptq"`` needs ``calib_data``, token windows
     (windows, seqlen), and makes later weights of a row answer for the rounding of earlier ones (`jqlib.gptq`).
+    ``kv_bits``: keys (behind R3) and values (`jqlib.kv_cache`).
     ``a_clip`` shrinks every token's range; ``o_per_head`` gives o_proj's input a grid a head.
 
     Raises ValueError for bits outside 2..16, a group size below 1, a clip outside (0, 1] or GPTQ without
     calibration data; RuntimeError for a model quantised already.
     """
-    check_bits(w_bits=w_bits, a_bits=a_bits)
+    check_bits(w_bits=w_bits, a_bits=a_bits, kv_bits=kv_bits)
     if w_groupsize < 1:
         raise ValueError(f"w_groupsize={w_groupsize}: a group holds at least 1 weight (128 is usual)")
     if not 0 < a_clip <= 1:
@@ -46,6 +50,8 @@ def quantize_model(
         raise ValueError("weights='gptq' needs calib_data: token windows, as get_calibration_data gives them")
     if "quantized" in done(model):
         raise RuntimeError("this model is quantised already: load it again to quantise it another way")
+    if kv_bits < OFF:
+        factors(head_dim_of(model))  # raises where no Hadamard matrix has that size
     if w_bits < OFF and weights == "gptq":
         quantize_weights_gptq(model, calib_data, w_bits, w_groupsize)
     elif w_bits < OFF:
@@ -59,6 +65,8 @@ def quantize_model(
             _quantize_site(
                 model, layer, site, partial(quantize_activation, bits=a_bits, clip=a_clip, groupsize=groupsize)
             )
+    if kv_bits < OFF:
+        quantize_kv_cache(model, kv_bits)
     done(model).add("quantized")
 
 

@@ -149,6 +149,7 @@ def _descend(batches, R, objective, steps: int, record, bar) -> Tensor:
     loss, gradient = mean_loss(batches, R, objective)
     first = damping = _start_damping(gradient, gram @ R)
     previous, momentum = R, torch.zeros_like(damping)  # momentum: accepted steps in a row
+    rejected = 0
     for _ in range(steps):
         point = polar(damping * (gram @ R) - gradient)
         beta = (momentum / (momentum + 3)).clamp(max=0.9)
@@ -163,7 +164,8 @@ def _descend(batches, R, objective, steps: int, record, bar) -> Tensor:
         R, gradient = torch.where(accept, trial, R), torch.where(accept, trial_gradient, gradient)
         loss = torch.where(better, trial_loss, loss)
         bar.update()
-        bar.set_postfix(loss=f"{loss.mean().item():.4f}", refresh=False)
+        rejected += (~better).sum().item()
+        bar.set_postfix(loss=f"{loss.mean().item():.4f}", rejected=rejected, refresh=False)
         if better.any():
             record(R, loss.mean().item())
         plain = ~better & (beta.flatten() == 0)  # a plain step failed: λ has doubled

@@ -2,9 +2,10 @@
 
 import json
 
+import nbformat
 import pytest
 
-from jqlib.__main__ import main, read_run_file, select_notebooks
+from jqlib.__main__ import main, read_run_file, select_notebooks, write_html
 
 
 @pytest.fixture
@@ -91,3 +92,13 @@ def test_report_prints_all_models(tmp_path, capsys):
         (tmp_path / model / "results" / "05_w4a4_eval.json").write_text(json.dumps({"rows": [row]}))
     assert main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("9.50") == 2
+
+
+def test_one_page_of_many_notebooks(tmp_path):
+    """Notebooks count their cells from 0 each: merged without a warning."""
+    for name in ("a", "b"):
+        cell = nbformat.v4.new_markdown_cell(f"essay {name}", id="0")
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
+    write_html([tmp_path / "a.ipynb", tmp_path / "b.ipynb"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.index("essay a") < page.index("essay b")

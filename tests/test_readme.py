@@ -1,0 +1,58 @@
+"""The README's commands and snippet are what they say: each command that can run here does, up to the work itself."""
+
+import re
+import shlex
+
+import papermill
+import pytest
+import yaml
+
+from jqlib.__main__ import check_inputs, main, select_notebooks
+from jqlib.config import ROOT, make_config
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LINES = [
+    shlex.split(part, comments=True)
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    for part in line.split("&&")
+]
+RUNS = [words[4:] for words in LINES if words[:4] == ["python", "-m", "jqlib", "run"]]
+HERE = {"./my-model": "smollm2-135m", "./my-text.txt": "wiki"}  # what the reader has, we stand in for
+
+
+def test_every_command_is_known():
+    known = {"make", "conda", "python", "papermill"}
+    assert {words[0] for words in LINES if words} == known
+    targets = re.search(r"\.PHONY: (.*)", (ROOT / "Makefile").read_text())[1].split()
+    assert {words[1] for words in LINES if words and words[0] == "make"} <= set(targets)
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert ["conda", "activate", environment["name"]] in LINES
+
+
+@pytest.mark.parametrize("words", RUNS, ids=" ".join)
+def test_runs_are_accepted(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr("jqlib.__main__.run", lambda parameters, only: seen.append((parameters, only)) or 0)
+    monkeypatch.chdir(ROOT)
+    assert main(["run", *(HERE.get(word, word) for word in words)]) == 0
+    ((parameters, only),) = seen
+    config = make_config(parameters)
+    assert select_notebooks(only)
+    if config.model == "smollm2-135m" and config.calib_dataset != "c4":
+        check_inputs(config)
+
+
+def test_papermill_knows_the_parameters():
+    ((notebook, _, _, file),) = [words[1:] for words in LINES if words and words[0] == "papermill"]
+    assert set(yaml.safe_load((ROOT / file).read_text())) <= set(papermill.inspect_notebook(ROOT / notebook))
+
+
+def test_the_snippet(capsys):
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for word, small in (("max_windows=8", "max_windows=1"), ("max_tokens=256", "max_tokens=32")):
+        assert word in snippet
+        snippet = snippet.replace(word, small)
+    exec(snippet, {})
+    perplexity = float(capsys.readouterr().out.splitlines()[-1].split()[0])
+    assert 20 < perplexity < 200  # FP has about 25
