@@ -1,4 +1,4 @@
-"""``python -m jqlib run``: the six notebooks headless, by papermill, checked before anything runs."""
+"""``python -m jqlib``: ``run`` the six notebooks by papermill, checked before anything runs; ``info``; ``report``."""
 
 import argparse
 import json
@@ -20,12 +20,17 @@ def main(argv: list[str] | None = None) -> int:
     run_parser.add_argument("--only", help="notebooks to run, by number: 02,05")
     for name in KINDS:
         _add_flag(run_parser, name)
+    info_parser = commands.add_parser("info", help="sites, sizes, memory and time of a model, before anything runs")
+    info_parser.add_argument("model", help=HELP["model"])
+    info_parser.add_argument("--profile", default=Config.profile, help=HELP["profile"])
     report_parser = commands.add_parser("report", help="the rows of notebook 05 of all models under a folder")
     report_parser.add_argument("output_dir", type=Path, nargs="?", default=Path(Config.output_dir))
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "report":
             return report(arguments.output_dir)
+        if arguments.command == "info":
+            return info(make_config({"model": arguments.model, "profile": arguments.profile}))
         flags = {name: getattr(arguments, name) for name in KINDS if hasattr(arguments, name)}
         return run({**read_run_file(arguments.file), **flags}, arguments.only)
     except (ValueError, OSError) as error:
@@ -119,16 +124,31 @@ def write_html(notebooks: list[Path], to: Path) -> None:
     write(to, lambda path: path.write_text(body, encoding="utf-8"))
 
 
+def info(config: Config) -> int:
+    from jqlib.info import describe
+
+    print(describe(config))
+    return 0
+
+
 def report(output_dir: Path) -> int:
-    """Print notebook 05's rows of every model under ``output_dir``."""
+    """Notebook 05's rows of every model under ``output_dir``: printed, and beside it as CSV, LaTeX and HTML."""
     import pandas as pd
+
+    from jqlib.store import write
 
     files = sorted(output_dir.glob("*/results/05_w4a4_eval.json"))
     if not files:
         raise FileNotFoundError(f"no results/05_w4a4_eval.json under {output_dir}: run `python -m jqlib run` first")
     rows = [{"model": file.parts[-3]} | row for file in files for row in json.loads(file.read_text())["rows"]]
-    columns = ["model", "method", "w_bits", "a_bits", "ppl", "ppl_low", "ppl_high", "seconds"]
-    print(pd.DataFrame(rows)[columns].to_string(index=False, float_format="%.2f"))
+    columns = ["model", "method", "weights", "w_bits", "a_bits", "kv_bits", "ppl", "ppl_low", "ppl_high", "seconds"]
+    table = pd.DataFrame(rows)[columns]
+    print(table.to_string(index=False, float_format="%.2f"))
+    style = table.style.format(precision=2, escape="latex").hide()
+    for suffix, text in {
+        "csv": table.to_csv(index=False), "tex": style.to_latex(hrules=True), "html": table.to_html(index=False),
+    }.items():  # fmt: skip
+        write(output_dir / f"report.{suffix}", lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return 0
 
 

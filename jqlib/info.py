@@ -1,0 +1,85 @@
+"""What a run will meet and take, told before it starts: no weights are read."""
+
+import time
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from jqlib.config import Config
+from jqlib.hadamard import factors
+from jqlib.models import R1_SITES, family_of, head_dim_of, load_config, sites_of
+
+
+def describe(config: Config) -> str:
+    """Sites, sizes, which rotations can start from a Hadamard matrix, memory, and time on this machine.
+
+    Times are estimates from one matrix product; they count products only. Raises as `jqlib.get_model` does for a
+    model that is missing or not supported.
+    """
+    shape = load_config(config.model)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    dtype = getattr(torch, config.dtype)
+    linears = [model.get_submodule(f"{layer}.{reader}") for layer, site in sites_of(model) for reader in site.readers]
+    in_layers = sum(linear.weight.numel() for linear in linears)
+    parameters = sum(p.numel() for p in model.parameters())
+    return "\n".join([
+        f"{config.model}: {shape.model_type}, {shape.num_hidden_layers} layers, hidden size {shape.hidden_size}, "
+        f"{shape.num_attention_heads} heads ({shape.num_key_value_heads} kv), vocabulary {shape.vocab_size:,}"
+        + (", tied head (untied when norms are fused)" if shape.tie_word_embeddings else ""),
+        f"{parameters:,} parameters, {in_layers:,} of them in the {len(linears)} linears that are quantised",
+        "", *_sites(model),
+        "", *_rotations(shape.hidden_size, head_dim_of(model), shape.intermediate_size),
+        "", *_memory(config, model, parameters * dtype.itemsize),
+        "", *_time(config, in_layers, model.get_submodule(family_of(model).head).weight.numel(), dtype),
+    ])  # fmt: skip
+
+
+def _sites(model: nn.Module) -> list[str]:
+    layer, _ = sites_of(model)[0]
+    width = {site: model.get_submodule(f"{layer}.{site.readers[0]}").in_features for site in family_of(model).sites}
+    return [f"site {site.name:5s} {n:6d} channels, read by {', '.join(site.readers)}" for site, n in width.items()]
+
+
+def _rotations(hidden: int, head: int, intermediate: int) -> list[str]:
+    lines = []
+    for name, size in {"R1": hidden, "R2, R3": head, "R4": intermediate}.items():
+        try:
+            lines.append(f"{name:6s} {size:6d} = {' · '.join(map(str, factors(size)))}")
+        except ValueError as error:
+            lines.append(f"{name:6s} {size:6d}: {error}")
+    return lines
+
+
+def _memory(config: Config, model: nn.Module, weights: int) -> list[str]:
+    samples = sum(
+        model.get_submodule(f"{layer}.{site.readers[0]}").in_features * config.max_tokens * 4
+        for layer, site in sites_of(model, *R1_SITES, "o")
+    )
+    solver = 8 * 4 * model.config.hidden_size**2
+    return [
+        f"memory: {weights / 1e9:.1f} GB of weights in {config.dtype} (held twice while rows are compared), "
+        f"{samples / 1e9:.1f} GB of token samples, {solver / 1e9:.2f} GB for the solver"
+    ]
+
+
+def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list[str]:
+    speed = _operations_per_second(config.device, dtype)
+    calibration = 2 * in_layers * config.nsamples * config.seqlen / speed
+    window = 2 * (in_layers + head) * config.seqlen / speed
+    return [
+        f"time at {speed / 1e9:.0f} billion operations a second ({config.device}): {calibration:.0f} s to collect "
+        f"activations, {window:.1f} s a window of perplexity, of which a row takes "
+        f"{'all of the test text' if config.eval_windows is None else config.eval_windows}"
+    ]
+
+
+def _operations_per_second(device: str, dtype: torch.dtype, n: int = 1024) -> float:
+    x = torch.ones(n, n, device=device, dtype=dtype)
+    (x @ x)[0, 0].item()  # warm
+    start = time.perf_counter()
+    for _ in range(4):
+        y = x @ x
+    y[0, 0].item()  # waits for the device
+    return 4 * 2 * n**3 / (time.perf_counter() - start)

@@ -1,0 +1,36 @@
+"""What is told before a run, on a shape whose numbers are known: Llama-3.2-1B, its config.json alone."""
+
+from transformers import LlamaConfig
+
+from jqlib.__main__ import main
+
+
+def test_numbers_of_llama_1b_without_its_weights(tmp_path, capsys):
+    LlamaConfig(
+        hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
+        intermediate_size=8192, vocab_size=128_256, tie_word_embeddings=True,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    assert main(["info", str(tmp_path), "--profile", "quick"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "1,235,814,400 parameters, 973,078,528 of them in the 112 linears",
+        "32 heads (8 kv)",
+        "tied head",
+        "site down    8192 channels, read by mlp.down_proj",
+        "R1       2048 = 128 · 16",
+        "4.9 GB of weights in float32",
+    ):
+        assert text in out
+
+
+def test_a_size_without_a_hadamard_matrix_is_told(tmp_path, capsys):
+    LlamaConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=30, vocab_size=64
+    ).save_pretrained(tmp_path)
+    main(["info", str(tmp_path)])
+    assert "R4         30: " in capsys.readouterr().out
+
+
+def test_a_missing_model_is_named(capsys):
+    assert main(["info", "./nowhere"]) == 2
+    assert "error: model path ./nowhere does not exist" in capsys.readouterr().err
