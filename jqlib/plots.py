@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from jqlib.quant import quantize_activation
 
@@ -82,6 +83,24 @@ def what_4_bits_sees(tokens: Mapping[str, np.ndarray], bits: int = 4) -> Figure:
             )
             axis.grid(False)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=2, markerscale=3)
+        return figure
+
+
+def explored(y: Tensor, words: Sequence[str], bits: int, worst: int = 8) -> Figure:
+    """One site's tokens, (tokens, n): their values, the range of each, and the tokens that ``bits`` hurt most."""
+    error = (quantize_activation(y, bits) - y).square().sum(1) / y.square().sum(1).clamp(min=1e-20)
+    hurt = error.argsort(descending=True)[:worst].flip(0)
+    values, widths = (y / y.std()).flatten().numpy(), (y.amax(1) - y.amin(1)) / y.std()
+    with plt.style.context(STYLE):
+        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
+        left.stairs(*np.histogram(np.clip(values, -12, 12), 121, (-12, 12), density=True), fill=True)
+        left.set(xlabel="value / standard deviation", ylabel="density", yscale="log", ylim=(1e-6, 3))
+        middle.stairs(*np.histogram(widths.numpy(), 40), fill=True)
+        middle.set(xlabel="range of a token / standard deviation", ylabel="tokens")
+        right.barh([f"{i}: {words[i]!r}" for i in hurt.tolist()], 100 * error[hurt].numpy())
+        right.set(xlabel=f"{bits}-bit rounding error (%), worst tokens")
+        right.xaxis.set_major_locator(MaxNLocator(4))
+        figure.suptitle(f"mean range {widths.mean():.1f} σ, mean {bits}-bit rounding error {error.mean():.3%}")
         return figure
 
 
