@@ -66,15 +66,19 @@ def _by_autograd(Z: Tensor, optimiser, layers, objective, epochs, max_steps, see
     """Minibatch steps of a torch optimiser on Z; R is the Q factor of Z."""
     batches, lr = _batches(layers, seed), optimiser.param_groups[0]["lr"]
     for step in tqdm(_steps(epochs, batches, max_steps), "rotation (by autograd)", unit="step"):
-        y = batches[step % len(batches)] @ _q_factor(Z)
+        Q = _q_factor(Z)
+        if step:
+            record(Q.detach())
+        y = batches[step % len(batches)] @ Q
         value, slope = objective(y.detach())
         _check(value, step, lr)
         optimiser.zero_grad()
         y.backward(slope / y.shape[1])
         optimiser.step()
-        record(_q_factor(Z.detach()))
     _check(Z, step, lr)
-    return _q_factor(Z.detach())
+    R = _q_factor(Z.detach())
+    record(R)
+    return R
 
 
 def _batches(layers, seed: int) -> list[Tensor]:

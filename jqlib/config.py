@@ -93,6 +93,7 @@ RECIPES = {
     "rtn": Recipe("RTN"),
     "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
     "quarot": Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", True, a_clip=0.9),
+    "quarot-best": Recipe("QuaRot, best", "hadamard", "hadamard", True, (), 0.9, True, weights="gptq"),
     "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", True, (), 0.9, True, "whip"),
     "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", True, (), 0.9, True, "whip"),
     "jointquant": Recipe("JointQuant", "mm", "mm", True, ("o", "down"), 0.9, True),
