@@ -60,6 +60,7 @@ def run(parameters: dict, only: str | None = None) -> int:
             notebook = papermill.execute_notebook(
                 path, config.folder / path.name, {k: v for k, v in given.items() if k in declared[path]},
                 kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(),
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each warns that local TCP is not encrypted
             )  # fmt: skip
         except PapermillExecutionError as error:
             print(f"error: {path.stem}: {error.ename}: {error.evalue}", file=sys.stderr)

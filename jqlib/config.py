@@ -81,7 +81,7 @@ class Recipe:
     label: str
     r1: str | None = None  # None, "hadamard" or a solver
     r2: str | None = None
-    r4: bool = False
+    online: tuple[str, ...] = ()  # sites with a Hadamard transform that runs online
     smooth: tuple[str, ...] = ()  # sites
     a_clip: float = 1.0
     o_per_head: bool = False
@@ -89,15 +89,16 @@ class Recipe:
     weights: str | None = None
 
 
+R4 = ("down",)
 RECIPES = {
     "rtn": Recipe("RTN"),
     "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
-    "quarot": Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", True, a_clip=0.9),
-    "quarot-best": Recipe("QuaRot, best", "hadamard", "hadamard", True, (), 0.9, True, weights="gptq"),
-    "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", True, (), 0.9, True, "whip"),
-    "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", True, (), 0.9, True, "whip"),
-    "jointquant": Recipe("JointQuant", "mm", "mm", True, ("o", "down"), 0.9, True),
-    "jointquant-best": Recipe("JointQuant, best", "mm", "mm", True, (), 0.9, True, "range", "gptq"),
+    "quarot": Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", R4, a_clip=0.9),
+    "quarot-best": Recipe("QuaRot, best", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq"),
+    "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", R4, (), 0.9, True, "whip"),
+    "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", R4, (), 0.9, True, "whip"),
+    "jointquant": Recipe("JointQuant", "mm", "mm", R4, ("o", "down"), 0.9, True),
+    "jointquant-best": Recipe("JointQuant, best", "mm", "mm", R4, (), 0.9, True, "range", "gptq"),
 }
 
 PROFILES = {

@@ -5,12 +5,12 @@ input of one group of linears: ``qkv`` and ``ug`` read the residual stream behin
 and ``down`` read inside a block and write back to the stream.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
@@ -151,8 +151,22 @@ def attentions_of(model: nn.Module) -> list[nn.Module]:
 
 def sites_of(model: nn.Module, *names: str) -> list[tuple[str, Site]]:
     """``(layer name, site)`` for every layer, in the model's order; all sites where none is named."""
-    sites = [site for site in family_of(model).sites if not names or site.name in names]
+    sites = {site.name: site for site in family_of(model).sites}
+    if unknown := [name for name in names if name not in sites]:
+        raise ValueError(f"site {unknown[0]!r} is unknown; there are {', '.join(sites)}")
+    sites = [site for name, site in sites.items() if not names or name in names]
     return [(layer, site) for layer, _ in layers_of(model) for site in sites]
+
+
+def on_input(model: nn.Module, layer: str, site: Site, change: Callable[[Tensor], Tensor]) -> None:
+    """Apply ``change`` to a site's input, once, where it is made: behind its norm, or before its only reader."""
+    if site.norm:
+        norm = model.get_submodule(f"{layer}.{site.norm}")
+        norm.register_forward_hook(lambda module, args, output: change(output))
+    else:
+        for reader in site.readers:
+            linear = model.get_submodule(f"{layer}.{reader}")
+            linear.register_forward_pre_hook(lambda module, args: (change(args[0]), *args[1:]))
 
 
 def site_targets(model: nn.Module, *names: str) -> list[str]:
@@ -169,7 +183,17 @@ def head_dim_of(model: nn.Module) -> int:
 
 
 def done(model: nn.Module) -> set[str]:
-    """What was done to the model so far: a subset of {"fused", "smoothed", "rotated", "quantized"}."""
+    """What was done to the model so far: a subset of {"fused", "smoothed", "rotated", "quantised"}."""
     if not hasattr(model, "jointquant"):
         model.jointquant = set()
     return model.jointquant
+
+
+def begin(model: nn.Module, step: str) -> None:
+    """Raise RuntimeError where a step of `done` comes twice, or too late."""
+    last = ("rotated", "quantised")  # in this order; fusing and smoothing before them
+    if step in done(model):
+        raise RuntimeError(f"this model is {step} already: load it again to have it {step} another way")
+    for later in last[last.index(step) + 1 :] if step in last else last:
+        if later in done(model):
+            raise RuntimeError(f"this model is {later} already: it must be {step} before")

@@ -21,7 +21,7 @@ from jqlib.models import site_targets
 from jqlib.quant import OFF
 from jqlib.quantize import quantize_model
 from jqlib.rotation import fuse_layer_norms, rotate_model
-from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
+from jqlib.smooth import compute_simple_smooth_scale
 from jqlib.store import artifact, peak_rss_bytes
 
 
@@ -133,11 +133,9 @@ def transform(config: Config, recipe: Recipe):
     seconds = smoothing.get("seconds", 0.0) + sum(part.get("train_seconds", 0.0) for part in (for_r1, for_r2))
     seconds += max(part.get("collect_seconds", 0.0) for part in (for_r1, for_r2))  # one pass serves both
     model = load_model(config)
-    if recipe.r1 or recipe.r2 or recipe.r4:
+    if recipe.r1:
         fuse_layer_norms(model)
-        rotate_model(model, R1, R2, scales, r4=recipe.r4)
-    elif scales:
-        apply_smoothing(model, scales)
+    rotate_model(model, R1, R2, scales, online=recipe.online)
     return model, seconds
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from jqlib.gptq import quantize_weights_gptq
 from jqlib.hadamard import factors
 from jqlib.kv_cache import quantize_kv_cache
-from jqlib.models import done, head_dim_of, sites_of
+from jqlib.models import begin, done, head_dim_of, on_input, sites_of
 from jqlib.quant import OFF, check_bits, quantize_activation, quantize_weight
 
 WEIGHTS = ("rtn", "gptq")
@@ -48,8 +48,7 @@ def quantize_model(
         raise ValueError(f"weights={weights!r} is unknown; there are {', '.join(WEIGHTS)}")
     if weights == "gptq" and w_bits < OFF and calib_data is None:
         raise ValueError("weights='gptq' needs calib_data: token windows, as get_calibration_data gives them")
-    if "quantized" in done(model):
-        raise RuntimeError("this model is quantised already: load it again to quantise it another way")
+    begin(model, "quantised")
     if kv_bits < OFF:
         factors(head_dim_of(model))  # raises where no Hadamard matrix has that size
     if w_bits < OFF and weights == "gptq":
@@ -62,20 +61,7 @@ def quantize_model(
     if a_bits < OFF:
         for layer, site in sites_of(model):
             groupsize = head_dim_of(model) if site.name == "o" and o_per_head else None
-            _quantize_site(
-                model, layer, site, partial(quantize_activation, bits=a_bits, clip=a_clip, groupsize=groupsize)
-            )
+            on_input(model, layer, site, partial(quantize_activation, bits=a_bits, clip=a_clip, groupsize=groupsize))
     if kv_bits < OFF:
         quantize_kv_cache(model, kv_bits)
-    done(model).add("quantized")
-
-
-def _quantize_site(model: nn.Module, layer: str, site, quantizer) -> None:
-    """Quantise a site's input once, where it is made: behind its norm, or before its only reader."""
-    if site.norm:
-        norm = model.get_submodule(f"{layer}.{site.norm}")
-        norm.register_forward_hook(lambda module, args, output: quantizer(output))
-    else:
-        for reader in site.readers:
-            linear = model.get_submodule(f"{layer}.{reader}")
-            linear.register_forward_pre_hook(lambda module, args: (quantizer(args[0]), *args[1:]))
+    done(model).add("quantised")

@@ -1,7 +1,7 @@
 """Fusing norms and rotating a model, without changing what it computes.
 
 Everything is merged in float64 and cast back once. R1 and R2 vanish into the weights; R4, a Hadamard
-transform of down_proj's input, runs online.
+transform of down_proj's input, runs online, and so may one at any other site (QuIP#'s, QuaRot's).
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jqlib.hadamard import factors, hadamard_transform
 from jqlib.joint import orthogonality_error
-from jqlib.models import done, family_of, head_dim_of, layers_of, sites_of
+from jqlib.models import begin, done, family_of, head_dim_of, layers_of, on_input, sites_of
 from jqlib.smooth import apply_smoothing
 
 ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
@@ -23,10 +23,7 @@ def fuse_layer_norms(model: nn.Module) -> None:
 
     Raises RuntimeError when the model is fused already.
     """
-    if "fused" in done(model):
-        raise RuntimeError("the norms of this model are fused already: fuse_layer_norms runs once, on a fresh model")
-    if "quantized" in done(model):
-        raise RuntimeError("this model is quantised already: fuse and rotate it before")
+    begin(model, "fused")
     family = family_of(model)
     _untie(model)
     readers_of = {
@@ -48,39 +45,34 @@ def rotate_model(
     R2: dict[str, Tensor] | None = None,
     smooth_scale: dict[str, Tensor] | None = None,
     *,
-    r4: bool = True,
+    online: tuple[str, ...] = ("down",),
 ) -> None:
-    """Smooth, then rotate a fused model: v/o by R2, down_proj's input by R4, the residual stream by R1.
+    """Smooth, then rotate a fused model: v/o by R2, the residual stream by R1, down_proj's input by R4.
 
     ``R1``: (hidden, hidden) of `train_r1_joint`; ``R2`` and ``smooth_scale`` as `train_r2_independent` and
-    `compute_simple_smooth_scale` give them. None leaves that step out.
+    `compute_simple_smooth_scale` give them. None leaves that step out. ``online``: sites whose input goes through a
+    fast Hadamard transform when the model runs; ``"down"`` is R4. Behind a norm it acts on what gamma has scaled:
+    without R1 norms need not be fused.
 
     Raises RuntimeError when norms are not fused or the model is rotated already, ValueError when a matrix has
     the wrong shape or is not orthogonal.
     """
-    if "fused" not in done(model):
-        raise RuntimeError("rotate_model needs a model whose norms are fused: call fuse_layer_norms(model) before it")
-    if "rotated" in done(model):
-        raise RuntimeError("this model is rotated already: load it again to rotate it another way")
-    if "quantized" in done(model):
-        raise RuntimeError("this model is quantised already: rotate it before")
+    if R1 is not None and "fused" not in done(model):
+        raise RuntimeError("R1 needs a model whose norms are fused: call fuse_layer_norms(model) before it")
+    begin(model, "rotated")
     _check_rotations(model, R1, R2)
-    if r4:
-        factors(model.config.intermediate_size)  # raises where no Hadamard matrix has that size
+    sites = sites_of(model, *online) if online else []
+    for layer, site in sites:
+        factors(model.get_submodule(f"{layer}.{site.readers[0]}").in_features)  # raises where there is no such matrix
     if smooth_scale:
         apply_smoothing(model, smooth_scale)
     for name, heads in (R2 or {}).items():
         _rotate_heads(model, name, heads)
-    if r4:
-        _rotate_down(model)
     if R1 is not None:
         _rotate_stream(model, R1)
+    for layer, site in sites:
+        _rotate_online(model, layer, site)
     done(model).add("rotated")
-
-
-def online_hadamard(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Forward pre-hook: R4 on a linear's input, (..., features)."""
-    return (hadamard_transform(args[0]), *args[1:])
 
 
 def _untie(model: nn.Module) -> None:
@@ -124,11 +116,10 @@ def _rotate_heads(model: nn.Module, name: str, heads: Tensor) -> None:
     o.weight.data = torch.einsum("okgd,kde->okge", columns, R).flatten(1).to(o.weight.dtype)
 
 
-def _rotate_down(model: nn.Module) -> None:
-    for layer, site in sites_of(model, "down"):
-        linear = model.get_submodule(f"{layer}.{site.readers[0]}")
-        _merge(linear.weight, hadamard_transform)
-        linear.register_forward_pre_hook(online_hadamard)
+def _rotate_online(model: nn.Module, layer: str, site) -> None:
+    for reader in site.readers:
+        _merge(model.get_submodule(f"{layer}.{reader}").weight, hadamard_transform)
+    on_input(model, layer, site, hadamard_transform)
 
 
 def _check_rotations(model: nn.Module, R1: Tensor | None, R2: dict[str, Tensor] | None) -> None:

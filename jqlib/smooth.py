@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jqlib.activations import Moments, collect_activations
-from jqlib.models import done, head_dim_of, site_targets, sites_of
+from jqlib.models import begin, done, head_dim_of, site_targets, sites_of
 
 FLOOR = 1e-5
 
@@ -53,10 +53,7 @@ def compute_simple_smooth_scale(
 
 def apply_smoothing(model: nn.Module, scales: dict[str, Tensor]) -> None:
     """Divide the producers of each site by its scales, multiply the readers' columns: logits stay what they were."""
-    if "smoothed" in done(model):
-        raise RuntimeError("this model is smoothed already: load it again to smooth it with other scales")
-    if "quantized" in done(model):
-        raise RuntimeError("this model is quantised already: smooth it before")
+    begin(model, "smoothed")
     _check_scales(model, scales)
     for layer, site in sites_of(model):
         name = f"{layer}.{site.readers[0]}"

@@ -70,7 +70,7 @@ def test_weights_of_the_layers_alone(tiny_model):
         expected = quantize_weight(before[name], 4, 20) if is_linear else before[name]
         assert torch.equal(p, expected), name
         assert is_linear != torch.equal(p, before[name])
-    assert done(model) == {"quantized"}
+    assert done(model) == {"quantised"}
 
 
 def test_sixteen_bits_change_nothing_and_four_do(tiny_model, tokens):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from jqlib.activations import collect_activations
 from jqlib.hadamard import hadamard_matrix, random_hadamard
 from jqlib.models import done, site_targets
 from jqlib.quantize import quantize_model
@@ -35,13 +36,33 @@ def test_logits_survive(tiny_model, tokens, orthogonal, double_norms, dtype, tol
     R2 = heads(model, orthogonal) if "r2" in parts else None
     fuse_layer_norms(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    rotate_model(model, orthogonal(HIDDEN) if "r1" in parts else None, R2, smooth, r4="r4" in parts)
+    R1, online = orthogonal(HIDDEN) if "r1" in parts else None, ("down",) if "r4" in parts else ()
+    rotate_model(model, R1, R2, smooth, online=online)
     torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=tolerance * expected.abs().max().item())
     changed = {name.split(".")[-2] for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     stream = {"embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"}
     touched = {"r1": stream, "r2": {"v_proj", "o_proj"}, "smooth": {"v_proj", "o_proj", "up_proj", "down_proj"},
                "r4": {"down_proj"}}  # fmt: skip
     assert changed == set().union(*(touched[part] for part in parts.split()))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_transform_online_at_every_site(tiny_model, tokens, double_norms, fused):
+    """Behind a norm it needs no fusing: what it reads is H/√n times the input of the model as it was."""
+    model, batch = tiny_model(biases=True, dtype=torch.float64), tokens()
+    if fused:
+        fuse_layer_norms(model)
+    expected, before = logits(model, batch), copy.deepcopy(model)
+    sites = ("qkv", "o", "ug", "down")
+    rotate_model(model, None, online=sites)
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+    targets = site_targets(model, *sites)
+    plain = collect_activations(before, batch, targets, max_tokens=None, raw=True)
+    for name, x in collect_activations(model, batch, targets, max_tokens=None, raw=True).items():
+        n = x.shape[-1]
+        torch.testing.assert_close(x, plain[name] @ hadamard_matrix(n) / n**0.5, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="site 'donw' is unknown; there are qkv, o, ug, down"):
+        rotate_model(tiny_model(), None, online=("donw",))
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -92,7 +113,7 @@ def test_untied_and_saved_checkpoint_reloads(tiny_model, tokens, orthogonal, tmp
     fuse_layer_norms(model)
     assert model.lm_head.weight.data_ptr() != model.model.embed_tokens.weight.data_ptr()
     assert model.config.tie_word_embeddings is False
-    rotate_model(model, orthogonal(HIDDEN), heads(model, orthogonal), r4=False)
+    rotate_model(model, orthogonal(HIDDEN), heads(model, orthogonal), online=())
     expected = logits(model, tokens())
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -147,7 +168,7 @@ def test_bad_rotations_leave_the_model_alone(tiny_model, orthogonal, R1, R2, mes
 
 def test_order_of_steps_is_enforced(tiny_model, orthogonal):
     model, R = tiny_model(), orthogonal(HIDDEN)
-    with pytest.raises(RuntimeError, match="norms are fused: call fuse_layer_norms"):
+    with pytest.raises(RuntimeError, match="R1 needs a model whose norms are fused: call fuse_layer_norms"):
         rotate_model(model, R)
     fuse_layer_norms(model)
     with pytest.raises(RuntimeError, match="fused already"):
@@ -157,6 +178,8 @@ def test_order_of_steps_is_enforced(tiny_model, orthogonal):
         rotate_model(model, R)
     with pytest.raises(RuntimeError, match="fused already"):
         fuse_layer_norms(model)
+    with pytest.raises(RuntimeError, match="rotated already: it must be smoothed before"):  # R4 lies in between now
+        apply_smoothing(model, {})
 
 
 @pytest.mark.parametrize("smooth", [apply_smoothing, lambda model, scales: rotate_model(model, None, None, scales)])
