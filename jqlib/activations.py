@@ -31,6 +31,11 @@ class Moments:
         return Moments(self.tokens + other.tokens, self.sums + other.sums, torch.maximum(self.absmax, other.absmax))
 
     @property
+    def rms(self) -> Tensor:
+        """Root mean square of each channel over tokens, (features,), float32."""
+        return (self.sums[1] / self.tokens).sqrt().float()
+
+    @property
     def kurtosis(self) -> float:
         """E(x−μ)⁴ / (E(x−μ)²)² over all entries of the site; 3 for a Gaussian, 0 where x is constant."""
         m1, m2, m3, m4 = (self.sums.mean(1) / self.tokens).tolist()

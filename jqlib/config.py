@@ -87,18 +87,23 @@ class Recipe:
     o_per_head: bool = False
     objective: str | None = None  # None: the run's
     weights: str | None = None
+    measure: str = "max"  # what smoothing goes by: max or l2
 
 
-R4 = ("down",)
+R4, EVERYWHERE = ("down",), ("qkv", "o", "ug", "down")
 RECIPES = {
     "rtn": Recipe("RTN"),
     "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
     "quarot": Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", R4, a_clip=0.9),
     "quarot-best": Recipe("QuaRot, best", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq"),
+    "quip": Recipe("QuIP (Hadamard online everywhere)", online=EVERYWHERE, a_clip=0.9, weights="gptq"),
     "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", R4, (), 0.9, True, "whip"),
     "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", R4, (), 0.9, True, "whip"),
     "jointquant": Recipe("JointQuant", "mm", "mm", R4, ("o", "down"), 0.9, True),
-    "jointquant-best": Recipe("JointQuant, best", "mm", "mm", R4, (), 0.9, True, "range", "gptq"),
+    "jointquant-best": Recipe("JointQuant, best", "mm", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2"),
+    "jointquant-online": Recipe(
+        "JointQuant, online", None, "mm", ("qkv", "ug", "down"), EVERYWHERE, 0.9, True, "range", "gptq", "l2"
+    ),
 }
 
 PROFILES = {

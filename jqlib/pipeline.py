@@ -3,6 +3,7 @@
 Each step is an artifact (`jqlib.store`): notebooks share it and a rerun reuses it.
 """
 
+import hashlib
 import time
 from copy import deepcopy
 from dataclasses import replace
@@ -94,21 +95,21 @@ def r2(config: Config, solver: str, smooth_scale: dict[str, Tensor] | None = Non
         return R, _training(history, collect_seconds if training else 0.0)
 
     names = ("max_tokens", "objective", *(("init_mode", "r2_lr", "r2_epochs") if training else ()))
-    depends = _depends(config, *names) | {"solver": solver, "smoothed": sorted(smooth_scale or ())}
-    depends["alpha"] = config.smooth_alpha if smooth_scale else None
+    depends = _depends(config, *names) | {"solver": solver, "smooth_scale": _fingerprint(smooth_scale or {})}
     return artifact(config.folder, f"r2-{solver}", depends, make)
 
 
-def smooth_scales(config: Config, sites: tuple[str, ...]) -> tuple[dict[str, Tensor], dict]:
+def smooth_scales(config: Config, sites: tuple[str, ...], measure: str = "max") -> tuple[dict[str, Tensor], dict]:
     """Smoothing scales of these sites at the run's α, and the seconds they took."""
 
     def make():
         scales = compute_simple_smooth_scale(
-            load_model(config), load_calibration(config), config.device, config.smooth_alpha, sites=sites
-        )
+            load_model(config), load_calibration(config), config.device, config.smooth_alpha,
+            sites=sites, measure=measure,
+        )  # fmt: skip
         return scales, {}
 
-    return artifact(config.folder, "smooth", _depends(config, "smooth_alpha") | {"sites": sites}, make)
+    return artifact(config.folder, "smooth", _depends(config, "smooth_alpha") | {"sites": sites, "measure": measure}, make)
 
 
 def recipe_of(config: Config, name: str | None = None) -> Recipe:
@@ -116,7 +117,8 @@ def recipe_of(config: Config, name: str | None = None) -> Recipe:
     name = name or config.recipe
     recipe = RECIPES[name]
     if name.startswith("jointquant"):
-        recipe = replace(recipe, r1=config.solver, r2=config.solver, smooth=recipe.smooth if config.use_smooth else ())
+        smooth = recipe.smooth if config.use_smooth else ()
+        recipe = replace(recipe, r1=recipe.r1 and config.solver, r2=config.solver, smooth=smooth)
     return recipe
 
 
@@ -127,7 +129,7 @@ def transform(config: Config, recipe: Recipe):
     """
     config = replace(config, objective=recipe.objective or config.objective)
     r2_solver = "mm" if recipe.r2 == "greedy" else recipe.r2  # R2 is per layer by nature
-    scales, smoothing = smooth_scales(config, recipe.smooth) if recipe.smooth else (None, {})
+    scales, smoothing = smooth_scales(config, recipe.smooth, recipe.measure) if recipe.smooth else (None, {})
     R1, for_r1 = r1(config, recipe.r1) if recipe.r1 else (None, {})
     R2, for_r2 = r2(config, r2_solver, scales) if recipe.r2 else (None, {})
     seconds = smoothing.get("seconds", 0.0) + sum(part.get("train_seconds", 0.0) for part in (for_r1, for_r2))
@@ -211,6 +213,10 @@ def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
     names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
     does = {name: value for name, value in vars(recipe).items() if name not in ("label", "weights")}
     return _depends(config, *names) | {"recipe": does, "objective": recipe.objective or config.objective}
+
+
+def _fingerprint(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
 
 
 def _row(ppl: Perplexity) -> dict:

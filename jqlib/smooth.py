@@ -12,6 +12,7 @@ from jqlib.activations import Moments, collect_activations
 from jqlib.models import begin, done, head_dim_of, site_targets, sites_of
 
 FLOOR = 1e-5
+MEASURES = ("max", "l2")
 
 
 def compute_simple_smooth_scale(
@@ -21,16 +22,22 @@ def compute_simple_smooth_scale(
     alpha: float = 0.5,
     *,
     sites: tuple[str, ...] = ("o", "down"),
+    measure: str = "max",
     moments: dict[str, Moments] | None = None,
 ) -> dict[str, Tensor]:
     """Scales s_j = max|X_j|^α / max|W_:j|^(1−α) of each site, floor 1e-5: ``{first reader's name: s}``.
 
     s has one entry an input channel of the site; at ``o`` one a channel of the kv heads, (kv heads · head_dim),
-    the maxima being taken over the query heads of a group. A channel that is always 0 keeps s = 1.
+    taken over the query heads of a group. A channel that is always 0 keeps s = 1.
+    ``measure="l2"`` has root sums of squares in the place of maxima. Then α = 0.5 is best in front of a Hadamard
+    transform: it spreads both roundings' noise evenly, so that either costs ‖X S⁻¹‖² ‖W S‖² (Frobenius, S = diag s),
+    and by Cauchy–Schwarz no S makes this less than (Σ_j ‖X_j‖ ‖W_:j‖)², which s_j² = ‖X_j‖ / ‖W_:j‖ reaches.
     ``moments``, when given, are used in place of a pass over ``calib_data``.
 
-    Raises ValueError for α outside [0, 1].
+    Raises ValueError for α outside [0, 1] and an unknown measure.
     """
+    if measure not in MEASURES:
+        raise ValueError(f"measure={measure!r} is unknown; there are {', '.join(MEASURES)}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"smooth_alpha={alpha}: alpha lies between 0 (weights only) and 1 (activations only)")
     if moments is None:
@@ -41,13 +48,14 @@ def compute_simple_smooth_scale(
     scales = {}
     for layer, site in sites_of(model, *sites):
         readers = [model.get_submodule(f"{layer}.{reader}") for reader in site.readers]
-        x_max = moments[f"{layer}.{site.readers[0]}"].absmax
-        w_max = torch.stack([reader.weight.abs().amax(0) for reader in readers]).amax(0).float().cpu()
+        seen, weight = moments[f"{layer}.{site.readers[0]}"], torch.cat([r.weight for r in readers]).float().cpu()
+        x, w = (seen.absmax, weight.abs().amax(0)) if measure == "max" else (seen.rms, weight.square().mean(0).sqrt())
         if site.source:  # o: the query heads of a group share the channels of their kv head
             channels = model.get_submodule(f"{layer}.{site.source}").out_features
-            x_max, w_max = (_share(model, v, channels).amax(1).flatten() for v in (x_max, w_max))
-        scale = (x_max**alpha / w_max ** (1 - alpha)).clamp(min=FLOOR)
-        scales[f"{layer}.{site.readers[0]}"] = scale.where((x_max > 0) & (w_max > 0), 1.0)
+            x, w = (_share(model, v, channels) for v in (x, w))
+            x, w = ((v.amax(1) if measure == "max" else v.square().mean(1).sqrt()).flatten() for v in (x, w))
+        scale = (x**alpha / w ** (1 - alpha)).clamp(min=FLOOR)
+        scales[f"{layer}.{site.readers[0]}"] = scale.where((x > 0) & (w > 0), 1.0)
     return scales
 
 
