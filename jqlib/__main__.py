@@ -11,6 +11,8 @@ import yaml
 
 from jqlib.config import HELP, KINDS, NOTEBOOKS, OPTIONAL, Config, default_of, make_config
 
+PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jqlib", description="JointQuant: W4A4 by one joint rotation.")
@@ -43,8 +45,7 @@ def run(parameters: dict, only: str | None = None) -> int:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    if "output_dir" in parameters:  # relative to where the user stands
-        parameters["output_dir"] = str(Path(parameters["output_dir"]).expanduser().absolute())
+    parameters = with_absolute_paths(parameters)
     config = make_config(parameters)
     notebooks = select_notebooks(only)
     declared = {path: set(papermill.inspect_notebook(path)) for path in notebooks}
@@ -66,6 +67,11 @@ def run(parameters: dict, only: str | None = None) -> int:
             print(f"error: {path.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
             print(f"The notebook as far as it came: {config.folder / path.name}", file=sys.stderr)
             return 1
+        except RuntimeError as error:  # nbclient's and jupyter_client's, where the kernel's process is gone
+            if "Kernel died" not in str(error):
+                raise
+            print(f"error: {path.stem}: its kernel died: it was killed, or memory ran out", file=sys.stderr)
+            return 3
         outputs = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
         reused = sum(text.count("reusing ") for text in outputs)
         print(f"{path.stem} took {time.perf_counter() - start:.0f} s, {reused} artifacts reused", flush=True)
@@ -73,6 +79,21 @@ def run(parameters: dict, only: str | None = None) -> int:
     write_html(executed, config.folder / "report.html")
     print(f"report: {config.folder / 'report.html'}")
     return 0
+
+
+def with_absolute_paths(parameters: dict) -> dict:
+    """Relative paths are relative to where the user stands; a notebook's kernel stands in ``notebooks/``."""
+    from jqlib.data import HUB
+    from jqlib.embedded import CORPUS, MODEL
+
+    given = {name: value for name, value in parameters.items() if isinstance(value, str)}
+    paths = {name: Path(given[name]).expanduser().absolute() for name in PATHS if name in given}
+    names = (MODEL, CORPUS, *HUB)
+    return parameters | {
+        name: str(path)
+        for name, path in paths.items()
+        if name == "output_dir" or (path.exists() and given[name] not in names)
+    }
 
 
 def check_inputs(config: Config) -> None:

@@ -6,7 +6,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from jqlib.__main__ import main, read_run_file, select_notebooks, write_html
+from jqlib.__main__ import main, read_run_file, select_notebooks, with_absolute_paths, write_html
 
 
 @pytest.fixture
@@ -79,6 +79,16 @@ def test_refused_before_anything_runs(flags, file, message, tmp_path, capsys):
 def test_a_missing_run_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run file .*nope\.yaml does not exist"):
         read_run_file(tmp_path / "nope.yaml")
+
+
+def test_paths_stand_where_the_user_does(tmp_path, monkeypatch):
+    """A kernel stands in ``notebooks/``. Names of hub models and known data sets are no paths, whatever lies here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wiki").mkdir()
+    (tmp_path / "text.txt").touch()
+    given = {"model": "a/b", "calib_dataset": "wiki", "eval_dataset": "text.txt", "output_dir": "out", "seed": 1}
+    moved = {"eval_dataset": str(tmp_path / "text.txt"), "output_dir": str(tmp_path / "out")}
+    assert with_absolute_paths(given) == given | moved
 
 
 def test_only_chooses_by_number():
