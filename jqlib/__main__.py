@@ -1,7 +1,6 @@
 """``python -m jqlib``: ``run`` the six notebooks by papermill, checked before anything runs; ``info``; ``report``."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -25,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     info_parser = commands.add_parser("info", help="sites, sizes, memory and time of a model, before anything runs")
     info_parser.add_argument("model", help=HELP["model"])
     info_parser.add_argument("--profile", default=Config.profile, help=HELP["profile"])
-    report_parser = commands.add_parser("report", help="the rows of notebook 05 of all models under a folder")
+    report_parser = commands.add_parser("report", help="the rows of notebook 05 of all models and runs under a folder")
     report_parser.add_argument("output_dir", type=Path, nargs="?", default=Path(Config.output_dir))
     arguments = parser.parse_args(argv)
     try:
@@ -154,23 +153,9 @@ def info(config: Config) -> int:
 
 
 def report(output_dir: Path) -> int:
-    """Notebook 05's rows of every model under ``output_dir``: printed, and beside it as CSV, LaTeX and HTML."""
-    import pandas as pd
+    from jqlib.report import report
 
-    from jqlib.store import write
-
-    files = sorted(output_dir.glob("*/results/05_w4a4_eval.json"))
-    if not files:
-        raise FileNotFoundError(f"no results/05_w4a4_eval.json under {output_dir}: run `python -m jqlib run` first")
-    rows = [{"model": file.parts[-3]} | row for file in files for row in json.loads(file.read_text())["rows"]]
-    columns = ["model", "method", "weights", "w_bits", "a_bits", "kv_bits", "ppl", "ppl_low", "ppl_high", "seconds"]
-    table = pd.DataFrame(rows)[columns]
-    print(table.to_string(index=False, float_format="%.2f"))
-    style = table.style.format(precision=2, escape="latex").hide()
-    for suffix, text in {
-        "csv": table.to_csv(index=False), "tex": style.to_latex(hrules=True), "html": table.to_html(index=False),
-    }.items():  # fmt: skip
-        write(output_dir / f"report.{suffix}", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    print(report(output_dir).to_string(index=False, float_format="%.2f"))
     return 0
 
 
