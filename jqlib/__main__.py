@@ -1,7 +1,7 @@
-"""``python -m jqlib``: ``run`` the six notebooks by papermill, checked before anything runs; ``info``; ``report``."""
+"""``python -m jqlib``: ``run`` the six notebooks by papermill, checked before anything runs; ``sweep``; ``info``;
+``report``."""
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -9,7 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from jqlib.config import HELP, KINDS, NOTEBOOKS, OPTIONAL, Config, default_of, make_config
+from jqlib.config import HELP, KINDS, NOTEBOOKS, OPTIONAL, ROOT, Config, default_of, make_config
+
+PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
+INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_windows", "calib_dataset", "eval_dataset",
+          "device", "dtype")  # fmt: skip  # what check_inputs and the estimate of memory depend on
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,20 +24,23 @@ def main(argv: list[str] | None = None) -> int:
     run_parser.add_argument("--only", help="notebooks to run, by number: 02,05")
     for name in KINDS:
         _add_flag(run_parser, name)
+    _add_sweep(commands)
     info_parser = commands.add_parser("info", help="sites, sizes, memory and time of a model, before anything runs")
     info_parser.add_argument("model", help=HELP["model"])
     info_parser.add_argument("--profile", default=Config.profile, help=HELP["profile"])
-    report_parser = commands.add_parser("report", help="the rows of notebook 05 of all models under a folder")
+    report_parser = commands.add_parser("report", help="the rows of notebook 05 of all models and runs under a folder")
     report_parser.add_argument("output_dir", type=Path, nargs="?", default=Path(Config.output_dir))
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "report":
             return report(arguments.output_dir)
+        if arguments.command == "sweep":
+            return sweep(arguments)
         if arguments.command == "info":
             return info(make_config({"model": arguments.model, "profile": arguments.profile}))
         flags = {name: getattr(arguments, name) for name in KINDS if hasattr(arguments, name)}
         return run({**read_run_file(arguments.file), **flags}, arguments.only)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -43,8 +50,7 @@ def run(parameters: dict, only: str | None = None) -> int:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    if "output_dir" in parameters:  # relative to where the user stands
-        parameters["output_dir"] = str(Path(parameters["output_dir"]).expanduser().absolute())
+    parameters = with_absolute_paths(parameters)
     config = make_config(parameters)
     notebooks = select_notebooks(only)
     declared = {path: set(papermill.inspect_notebook(path)) for path in notebooks}
@@ -66,6 +72,11 @@ def run(parameters: dict, only: str | None = None) -> int:
             print(f"error: {path.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
             print(f"The notebook as far as it came: {config.folder / path.name}", file=sys.stderr)
             return 1
+        except RuntimeError as error:  # nbclient's and jupyter_client's, where the kernel's process is gone
+            if "Kernel died" not in str(error):
+                raise
+            print(f"error: {path.stem}: its kernel died: it was killed, or memory ran out", file=sys.stderr)
+            return 3
         outputs = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
         reused = sum(text.count("reusing ") for text in outputs)
         print(f"{path.stem} took {time.perf_counter() - start:.0f} s, {reused} artifacts reused", flush=True)
@@ -73,6 +84,21 @@ def run(parameters: dict, only: str | None = None) -> int:
     write_html(executed, config.folder / "report.html")
     print(f"report: {config.folder / 'report.html'}")
     return 0
+
+
+def with_absolute_paths(parameters: dict) -> dict:
+    """Relative paths are relative to where the user stands; a notebook's kernel stands in ``notebooks/``."""
+    from jqlib.data import HUB
+    from jqlib.embedded import CORPUS, MODEL
+
+    given = {name: value for name, value in parameters.items() if isinstance(value, str)}
+    paths = {name: Path(given[name]).expanduser().absolute() for name in PATHS if name in given}
+    names = (MODEL, CORPUS, *HUB)
+    return parameters | {
+        name: str(path)
+        for name, path in paths.items()
+        if name == "output_dir" or (path.exists() and given[name] not in names)
+    }
 
 
 def check_inputs(config: Config) -> None:
@@ -132,25 +158,60 @@ def info(config: Config) -> int:
     return 0
 
 
+def sweep(arguments: argparse.Namespace) -> int:
+    """Check every run of the sweep, and only then start it."""
+    from jqlib import sweep
+
+    sweep.require_dask()
+    folder = arguments.output_dir or ROOT / os.environ.get("JOINTQUANT_OUTPUT", Config.output_dir) / "sweep"
+    run_files = {path: read_run_file(path) for path in arguments.files}
+    runs = sweep.plan(run_files, arguments.values, folder.expanduser().absolute())
+    runs = {name: with_absolute_paths(parameters) for name, parameters in runs.items()}
+    only = ",".join(path.name[:2] for path in select_notebooks(arguments.only))
+    configs = {}
+    for name, parameters in runs.items():
+        config = make_config(parameters)
+        configs.setdefault(tuple(getattr(config, field) for field in INPUTS), (name, config))
+    for name, config in configs.values():
+        try:
+            check_inputs(config)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{name}: {error}") from error
+    slots = arguments.workers or (1 if arguments.scheduler else sweep.slots_here([c for _, c in configs.values()]))
+    return sweep.sweep(runs, only, arguments.scheduler, slots, arguments.retry)
+
+
 def report(output_dir: Path) -> int:
-    """Notebook 05's rows of every model under ``output_dir``: printed, and beside it as CSV, LaTeX and HTML."""
-    import pandas as pd
+    from jqlib.report import report
 
-    from jqlib.store import write
-
-    files = sorted(output_dir.glob("*/results/05_w4a4_eval.json"))
-    if not files:
-        raise FileNotFoundError(f"no results/05_w4a4_eval.json under {output_dir}: run `python -m jqlib run` first")
-    rows = [{"model": file.parts[-3]} | row for file in files for row in json.loads(file.read_text())["rows"]]
-    columns = ["model", "method", "weights", "w_bits", "a_bits", "kv_bits", "ppl", "ppl_low", "ppl_high", "seconds"]
-    table = pd.DataFrame(rows)[columns]
-    print(table.to_string(index=False, float_format="%.2f"))
-    style = table.style.format(precision=2, escape="latex").hide()
-    for suffix, text in {
-        "csv": table.to_csv(index=False), "tex": style.to_latex(hrules=True), "html": table.to_html(index=False),
-    }.items():  # fmt: skip
-        write(output_dir / f"report.{suffix}", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    print(report(output_dir).to_string(index=False, float_format="%.2f"))
     return 0
+
+
+def _add_sweep(commands) -> None:
+    parser = commands.add_parser(
+        "sweep", allow_abbrev=False, help="run many models and settings, in parallel up to memory and cores",
+        description="Every run file with every combination of the values of -p, each a run of its own. Finished runs "
+        "are skipped, runs that were cut off are done again.",
+    )  # fmt: skip
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="run files: runs/*.yaml")
+    parser.add_argument("-p", dest="values", action="append", default=[], metavar="NAME=VALUE[,VALUE]",
+                        help="a parameter of all runs, or a list of values: one run for each")  # fmt: skip
+    parser.add_argument("--only", help="notebooks to run, by number: 02,05")
+    parser.add_argument("--output_dir", type=Path, help="one folder a run goes here (jointquant_output/sweep)")
+    parser.add_argument("--retry", action="store_true", help="also do again what failed before")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--workers", type=_count, help="runs at a time on this machine (what cores and memory allow)")
+    where.add_argument("--scheduler", metavar="ADDRESS",
+                       help="a running Dask scheduler, tcp://host:8786, instead of this machine. Its workers need this "
+                       "environment and must see this folder of the file system under the same path; a worker does as "
+                       "many runs at a time as it has threads (dask worker --nthreads 1)")  # fmt: skip
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of runs, 1 or more, got {text!r}")
+    return int(text)
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:

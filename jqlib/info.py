@@ -10,6 +10,8 @@ from jqlib.config import Config
 from jqlib.hadamard import factors
 from jqlib.models import R1_SITES, family_of, head_dim_of, load_config, sites_of
 
+PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the runner is one, a kernel another
+
 
 def describe(config: Config) -> str:
     """Sites, sizes, which rotations can start from a Hadamard matrix, memory, and time on this machine.
@@ -17,9 +19,8 @@ def describe(config: Config) -> str:
     Times are estimates from one matrix product; they count products only. Raises as `jqlib.get_model` does for a
     model that is missing or not supported.
     """
-    shape = load_config(config.model)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
+    model = _without_weights(config)
+    shape = model.config
     dtype = getattr(torch, config.dtype)
     linears = [model.get_submodule(f"{layer}.{reader}") for layer, site in sites_of(model) for reader in site.readers]
     in_layers = sum(linear.weight.numel() for linear in linears)
@@ -52,12 +53,31 @@ def _rotations(hidden: int, head: int, intermediate: int) -> list[str]:
     return lines
 
 
-def _memory(config: Config, model: nn.Module, weights: int) -> list[str]:
+def peak_bytes(config: Config) -> int:
+    """About the most memory a run takes, rather too much: weights (FP, quantised, and what a step makes of them),
+    token samples, solver, the logits of a window, and two Pythons."""
+    model = _without_weights(config)
+    weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize
+    logits = 3 * 4 * config.seqlen * model.config.vocab_size  # float32: they, their softmax, a copy
+    return 3 * weights + sum(_working_memory(config, model)) + logits + 2 * PYTHON
+
+
+def _without_weights(config: Config) -> nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(config.model))
+
+
+def _working_memory(config: Config, model: nn.Module) -> tuple[int, int]:
+    """Bytes of the token samples, and of the solver."""
     samples = sum(
         model.get_submodule(f"{layer}.{site.readers[0]}").in_features * config.max_tokens * 4
         for layer, site in sites_of(model, *R1_SITES, "o")
     )
-    solver = 8 * 4 * model.config.hidden_size**2
+    return samples, 8 * 4 * model.config.hidden_size**2
+
+
+def _memory(config: Config, model: nn.Module, weights: int) -> list[str]:
+    samples, solver = _working_memory(config, model)
     return [
         f"memory: {weights / 1e9:.1f} GB of weights in {config.dtype} (held twice while rows are compared), "
         f"{samples / 1e9:.1f} GB of token samples, {solver / 1e9:.2f} GB for the solver"

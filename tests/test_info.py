@@ -1,8 +1,12 @@
 """What is told before a run, on a shape whose numbers are known: Llama-3.2-1B, its config.json alone."""
 
+from dataclasses import replace
+
 from transformers import LlamaConfig
 
 from jqlib.__main__ import main
+from jqlib.config import make_config
+from jqlib.info import peak_bytes
 
 
 def test_numbers_of_llama_1b_without_its_weights(tmp_path, capsys):
@@ -21,6 +25,9 @@ def test_numbers_of_llama_1b_without_its_weights(tmp_path, capsys):
         "4.9 GB of weights in float32",
     ):
         assert text in out
+    config = make_config({"model": str(tmp_path), "profile": "quick"})
+    assert 15e9 < peak_bytes(config) < 20e9
+    assert peak_bytes(config) - peak_bytes(replace(config, dtype="bfloat16")) == 3 * 2 * 1_235_814_400
 
 
 def test_a_size_without_a_hadamard_matrix_is_told(tmp_path, capsys):

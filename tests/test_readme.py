@@ -1,5 +1,7 @@
 """The README's commands and snippet are what they say: each command that can run here does, up to the work itself."""
 
+import glob
+import itertools
 import re
 import shlex
 
@@ -17,7 +19,7 @@ LINES = [
     for line in block.splitlines()
     for part in line.split("&&")
 ]
-RUNS = [words[4:] for words in LINES if words[:4] == ["python", "-m", "jqlib", "run"]]
+RUNS, SWEEPS = ([words[4:] for words in LINES if words[:4] == ["python", "-m", "jqlib", c]] for c in ("run", "sweep"))
 HERE = {"./my-model": "smollm2-135m", "./my-text.txt": "wiki"}  # what the reader has, we stand in for
 
 
@@ -41,6 +43,21 @@ def test_runs_are_accepted(words, monkeypatch):
     assert select_notebooks(only)
     if config.model == "smollm2-135m" and config.calib_dataset != "c4":
         check_inputs(config)
+
+
+@pytest.mark.parametrize("words", SWEEPS, ids=" ".join)
+def test_sweeps_are_accepted(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr("jqlib.sweep.sweep", lambda runs, only, *_: seen.append((runs, only)) or 0)
+    monkeypatch.setattr(
+        "jqlib.__main__.check_inputs", lambda config: config.model == "smollm2-135m" and check_inputs(config)
+    )
+    monkeypatch.chdir(ROOT)
+    files = [sorted(glob.glob(word)) if "*" in word else [word] for word in words]  # a shell does it
+    assert main(["sweep", *itertools.chain(*files)]) == 0
+    ((runs, only),) = seen
+    assert len(runs) > 1
+    assert select_notebooks(only)
 
 
 def test_papermill_knows_the_parameters():

@@ -1,12 +1,9 @@
 """The runner: flags, run files, and what it refuses before anything runs."""
 
-import json
-
 import nbformat
-import pandas as pd
 import pytest
 
-from jqlib.__main__ import main, read_run_file, select_notebooks, write_html
+from jqlib.__main__ import main, read_run_file, select_notebooks, with_absolute_paths, write_html
 
 
 @pytest.fixture
@@ -81,22 +78,18 @@ def test_a_missing_run_file_is_named(tmp_path):
         read_run_file(tmp_path / "nope.yaml")
 
 
+def test_paths_stand_where_the_user_does(tmp_path, monkeypatch):
+    """A kernel stands in ``notebooks/``. Names of hub models and known data sets are no paths, whatever lies here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wiki").mkdir()
+    (tmp_path / "text.txt").touch()
+    given = {"model": "a/b", "calib_dataset": "wiki", "eval_dataset": "text.txt", "output_dir": "out", "seed": 1}
+    moved = {"eval_dataset": str(tmp_path / "text.txt"), "output_dir": str(tmp_path / "out")}
+    assert with_absolute_paths(given) == given | moved
+
+
 def test_only_chooses_by_number():
     assert [path.name[:2] for path in select_notebooks("5, 02")] == ["02", "05"]
-
-
-def test_report_prints_all_models(tmp_path, capsys):
-    assert main(["report", str(tmp_path)]) == 2
-    row = {"method": "rtn", "weights": "rtn", "w_bits": 4, "a_bits": 4, "kv_bits": 16, "ppl": 9.5, "ppl_low": 9,
-           "ppl_high": 10, "seconds": 3}  # fmt: skip
-    for model in ("a_1", "b"):
-        (tmp_path / model / "results").mkdir(parents=True)
-        (tmp_path / model / "results" / "05_w4a4_eval.json").write_text(json.dumps({"rows": [row]}))
-    assert main(["report", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("9.50") == 2
-    assert pd.read_csv(tmp_path / "report.csv").ppl.tolist() == [9.5, 9.5]
-    assert r"a\_1 & rtn & rtn & 4 & 4 & 16 & 9.50" in (tmp_path / "report.tex").read_text()
-    assert (tmp_path / "report.html").read_text().count("<td>9.5</td>") == 2
 
 
 def test_one_page_of_many_notebooks(tmp_path):
