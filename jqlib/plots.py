@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import Tensor
 
 from jqlib.quant import quantize_activation
@@ -87,21 +87,33 @@ def what_4_bits_sees(tokens: Mapping[str, np.ndarray], bits: int = 4) -> Figure:
 
 
 def explored(y: Tensor, words: Sequence[str], bits: int, worst: int = 8) -> Figure:
-    """One site's tokens, (tokens, n): their values, the range of each, and the tokens that ``bits`` hurt most."""
+    """One site's tokens, (tokens, n): their values, the range of each, and the tokens that ``bits`` hurt most.
+
+    Somebody waits for it: axes at fixed places and labels of plain text draw in a third of the time.
+    """
     error = (quantize_activation(y, bits) - y).square().sum(1) / y.square().sum(1).clamp(min=1e-20)
-    hurt = error.argsort(descending=True)[:worst].flip(0)
+    hurt = error.argsort(descending=True)[:worst].flip(0).tolist()
     values, widths = (y / y.std()).flatten().numpy(), (y.amax(1) - y.amin(1)) / y.std()
     with plt.style.context(STYLE):
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
+        figure = plt.figure(figsize=(11, 3.4), layout="none")
+        left, middle, right = (figure.add_axes((x, 0.17, 0.22, 0.7)) for x in (0.07, 0.36, 0.77))
         left.stairs(*np.histogram(np.clip(values, -12, 12), 121, (-12, 12), density=True), fill=True)
         left.set(xlabel="value / standard deviation", ylabel="density", yscale="log", ylim=(1e-6, 3))
+        left.set_yticks([1, 1e-2, 1e-4, 1e-6], ["1", "1e-2", "1e-4", "1e-6"])
+        left.yaxis.set_minor_locator(NullLocator())
         middle.stairs(*np.histogram(widths.numpy(), 40), fill=True)
         middle.set(xlabel="range of a token / standard deviation", ylabel="tokens")
-        right.barh([f"{i}: {words[i]!r}" for i in hurt.tolist()], 100 * error[hurt].numpy())
-        right.set(xlabel=f"{bits}-bit rounding error (%), worst tokens")
+        right.barh(range(len(hurt)), 100 * error[hurt].numpy())
+        right.set_yticks(range(len(hurt)), [f"{i}: {shortened(words[i])}" for i in hurt], parse_math=False)
+        right.set(xlabel=f"worst tokens' {bits}-bit error (%)")
         right.xaxis.set_major_locator(MaxNLocator(4))
         figure.suptitle(f"mean range {widths.mean():.1f} σ, mean {bits}-bit rounding error {error.mean():.3%}")
         return figure
+
+
+def shortened(word: str, most: int = 12) -> str:
+    """A token's text in quotes, as far as it fits beside a bar."""
+    return repr(word if len(word) <= most else word[: most - 1] + "…")
 
 
 def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str, log: bool = True) -> Figure:
