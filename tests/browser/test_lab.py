@@ -114,15 +114,22 @@ def errors(code) -> list[str]:
     return ["\n".join(o.traceback) for cell in code for o in cell.outputs if o.output_type == "error"]
 
 
+def saves_figure(cell) -> bool:
+    return any(line.startswith("store.save_figure(") for line in cell.source.splitlines())
+
+
+def pictures(cell) -> list:
+    return [output for output in cell.outputs if "image/png" in output.get("data", {})]
+
+
 def shoot(page, name):
-    """The whole notebook in one screenshot: the window is made as tall as it is."""
-    size, notebook = page.viewport_size, page.locator(".jp-WindowedPanel-outer").first
-    for _ in range(2):  # cells that come into view are drawn, and may turn out taller
-        height = notebook.evaluate("panel => panel.scrollHeight") + 150
-        page.set_viewport_size(size | {"height": min(height, 16000)})
-        notebook.evaluate("panel => panel.scrollTo(0, 0)")
-        page.wait_for_timeout(1500)
-    page.screenshot(path=SHOTS / f"{name}.png")
+    """The whole notebook in one screenshot: in a very tall window every cell is drawn."""
+    size = page.viewport_size
+    page.set_viewport_size(size | {"height": 16000})
+    page.locator(".jp-WindowedPanel-outer").evaluate("panel => panel.scrollTo(0, 0)")
+    page.wait_for_timeout(3000)
+    bottom = page.locator(".jp-Notebook .jp-Cell").last.evaluate("cell => cell.getBoundingClientRect().bottom")
+    page.screenshot(path=SHOTS / f"{name}.png", clip=size | {"x": 0, "y": 0, "height": bottom + 40})
     cut = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerHTML.slice(0, 200))"
     assert page.locator(".jp-OutputArea-output:has(img)").evaluate_all(cut) == []
     page.set_viewport_size(size)
@@ -139,6 +146,7 @@ def test_notebook(page, lab, folder, name):
     try:
         shoot(page, name[:2])
         assert errors(code) == []
+        assert [cell.source for cell in code if saves_figure(cell) and not pictures(cell)] == []
         if any("explorer(" in cell.source for cell in code):
             explore(page, name[:2])
     finally:
