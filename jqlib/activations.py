@@ -68,7 +68,7 @@ def collect_activations(
     """
     device = device or model.device
     windows = calib_data if isinstance(calib_data, Tensor) else torch.cat([w.view(-1, w.shape[-1]) for w in calib_data])
-    kept_positions = _sample(windows.numel(), max_tokens, seed).view(windows.shape)  # bool
+    kept_positions = sampled(windows.numel(), max_tokens, seed).view(windows.shape)  # bool
     kept: dict[str, list[Tensor]] = {name: [] for name in targets}
     current = {}
 
@@ -96,7 +96,8 @@ def collect_activations(
     return {name: torch.cat(parts) for name, parts in kept.items()}
 
 
-def _sample(total: int, wanted: int | None, seed: int) -> Tensor:
+def sampled(total: int, wanted: int | None, seed: int) -> Tensor:
+    """Which of ``total`` tokens `collect_activations` keeps: (total,), bool."""
     keep = torch.zeros(total, dtype=torch.bool)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     keep[order[:wanted]] = True

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 
 import matplotlib.pyplot as plt
 from IPython.display import display
@@ -39,18 +40,18 @@ class Explorer:
         )
         self.rotation = widgets.Dropdown(options=list(rotations), value=list(rotations)[-1], description="rotation")
         self.bits = widgets.IntSlider(bits, 2, 8, description="bits")
-        self.output = widgets.Output()
+        self.image = widgets.Image(format="png")
         choices = (self.site, self.layer, self.rotation, self.bits)
         for choice in choices:
             choice.observe(self.redraw, "value")
-        self.controls = widgets.VBox([*choices, self.output])
+        self.controls = widgets.VBox([*choices, self.image])
         self.redraw()
 
     def redraw(self, _=None) -> None:
         """The picture of what is chosen now, in the place of the last one."""
-        with self.output:
-            self.output.clear_output(wait=True)
-            display(self.picture())
+        png = BytesIO()
+        self.picture().savefig(png, format="png")
+        self.image.value = png.getvalue()
 
     def picture(self) -> plt.Figure:
         x, R = self.acts[self.site.value][self.layer.value], self.rotations[self.rotation.value]

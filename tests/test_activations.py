@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from jqlib.activations import Moments, collect_activations
+from jqlib.activations import Moments, collect_activations, sampled
 from jqlib.models import site_targets
 from jqlib.rotation import fuse_layer_norms
 
@@ -80,6 +80,7 @@ def test_sample_is_the_same_everywhere_seeded_and_bounded(tiny_model, tokens):
     assert len(set(chosen)) == 17
     assert max(chosen) >= 40
     assert min(chosen) < 20
+    assert chosen == sampled(60, 17, 1).nonzero().flatten().tolist()
     for name in NAMES:
         assert positions(name, some[name]) == chosen
         assert torch.equal(some[name], again[name])

@@ -33,13 +33,28 @@ def test_the_picture_follows_the_controls(ingredients):
     assert worst == f"{error.argmax()}: 'word{error.argmax()}'"
 
 
-def test_every_move_draws_once(ingredients, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(explore, "display", drawn.append)
-    live = explore.Explorer(*ingredients, 4)
+def test_every_move_draws_once(ingredients):
+    live, drawn = explore.Explorer(*ingredients, 4), []
+    first = bytes(live.image.value)
+    assert first.startswith(b"\x89PNG")
+    live.image.observe(lambda change: drawn.append(bytes(change.new)), "value")
     live.bits.value = 5
     live.layer.value = 0
-    assert len(drawn) == 3
+    assert len({first, *drawn}) == 3
+    live.bits.value = 4
+    live.layer.value = 1
+    assert len(drawn) == 4
+    assert drawn[-1] == first
+
+
+def test_words_of_any_kind_fit_beside_their_bars(ingredients):
+    """Dollars are no formula, a line break no new line, and long words are cut."""
+    acts, rotations, _ = ingredients
+    figure = explore.Explorer(acts, rotations, ["$x^$\n is no formula"] * 50, 4).picture()
+    figure.draw_without_rendering()
+    for label in figure.axes[2].get_yticklabels():
+        assert label.get_text().endswith(r": '$x^$\n is no…'")
+        assert label.get_window_extent().x0 > figure.axes[1].get_window_extent().x1
 
 
 def test_headless_shows_one_still_picture(ingredients, monkeypatch):

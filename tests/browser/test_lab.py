@@ -1,0 +1,192 @@
+"""The workbook in a real browser: ``make lab`` on a copy of the notebooks, opened in Chromium and run by its menus."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from importlib.util import find_spec
+
+import nbformat
+import pytest
+
+from jqlib.config import NOTEBOOKS, ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+MINUTES = 60_000  # Playwright counts in milliseconds
+NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+SHOTS = ROOT / ".screenshots"
+TOKEN = "workbook"
+
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here (Debian: apt-get install chromium)"),
+    pytest.mark.skipif(not find_spec("playwright"), reason="playwright is missing: pip install -e .[browser]"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the server works on: copies of the notebooks, and one that says where its kernel lives."""
+    folder = tmp_path_factory.mktemp("lab") / "notebooks"
+    shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns(".*"))
+    asks = nbformat.read(folder / NAMES[0], as_version=4)
+    asks.cells = [nbformat.v4.new_code_cell("import sys\nprint(sys.prefix)")]
+    nbformat.write(asks, folder / "kernel.ipynb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(folder):
+    """The address of ``make lab``, with settings of its own: no news, and a user's kernel that must not be taken."""
+    home = folder.parent
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = {"ip": "127.0.0.1", "port": port, "port_retries": 0, "open_browser": False, "allow_root": True}
+    quiet = {"fetchNews": "false", "checkForUpdates": False}
+    for path, content in {
+        "config/jupyter_server_config.json": {"ServerApp": server, "IdentityProvider": {"token": TOKEN}},
+        "config/lab/user-settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings": quiet,
+        "data/kernels/python3/kernel.json": {"argv": ["false"], "display_name": "not this one", "language": "python"},
+    }.items():
+        (home / path).parent.mkdir(parents=True)
+        (home / path).write_text(json.dumps(content))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JUPYTER", "MAKE"))}
+    environment |= {"JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data")}
+    with open(home / "log", "w") as log:
+        process = subprocess.Popen(
+            ["make", "lab", f"NOTEBOOKS={folder}"], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(120):
+        try:
+            call(address, "GET", "/api")
+            break
+        except OSError:
+            assert process.poll() is None, (home / "log").read_text()
+            time.sleep(0.5)
+    yield address
+    call(address, "POST", "/api/shutdown")
+    assert process.wait(60) == 0, (home / "log").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    from playwright.sync_api import sync_playwright
+
+    SHOTS.mkdir(exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("chromium"), executable_path=CHROMIUM, args=FLAGS,
+            viewport={"width": 1400, "height": 1000},
+        )  # fmt: skip
+        yield browser.new_page()
+        browser.close()
+
+
+def call(address: str, method: str, path: str):
+    request = urllib.request.Request(address + path, method=method, headers={"Authorization": f"token {TOKEN}"})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return json.loads(answer.read() or "null")
+
+
+def run_all(page, lab, path):
+    """Open a notebook, run all its cells from the menu and wait for the end; returns its code cells as saved."""
+    page.goto(f"{lab}/lab/tree/{path.name}?token={TOKEN}&reset")
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=MINUTES)
+    page.get_by_text("Python 3 (ipykernel) | Idle").wait_for(timeout=2 * MINUTES)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    for _ in range(15 * 30):
+        page.wait_for_timeout(2000)
+        page.keyboard.press("Control+s")
+        code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        if errors(code) or all(cell.execution_count for cell in code):
+            return code
+    raise TimeoutError(f"{path.name} still runs after 15 minutes")
+
+
+def errors(code) -> list[str]:
+    return ["\n".join(o.traceback) for cell in code for o in cell.outputs if o.output_type == "error"]
+
+
+def saves_figure(cell) -> bool:
+    return any(line.startswith("store.save_figure(") for line in cell.source.splitlines())
+
+
+def pictures(cell) -> list:
+    return [output for output in cell.outputs if "image/png" in output.get("data", {})]
+
+
+def shoot(page, name):
+    """The whole notebook in one screenshot: in a very tall window every cell is drawn."""
+    size = page.viewport_size
+    page.set_viewport_size(size | {"height": 16000})
+    page.locator(".jp-WindowedPanel-outer").evaluate("panel => panel.scrollTo(0, 0)")
+    page.wait_for_timeout(3000)
+    bottom = page.locator(".jp-Notebook .jp-Cell").last.evaluate("cell => cell.getBoundingClientRect().bottom")
+    page.screenshot(path=SHOTS / f"{name}.png", clip=size | {"x": 0, "y": 0, "height": bottom + 40})
+    cut = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerHTML.slice(0, 200))"
+    assert page.locator(".jp-OutputArea-output:has(img)").evaluate_all(cut) == []
+    page.set_viewport_size(size)
+
+
+def test_lab_opens_on_the_environments_kernel(page, lab, folder):
+    (cell,) = run_all(page, lab, folder / "kernel.ipynb")
+    assert cell.outputs[0].text.strip() == str(ROOT / ".venv")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook(page, lab, folder, name):
+    code = run_all(page, lab, folder / name)
+    try:
+        shoot(page, name[:2])
+        assert errors(code) == []
+        assert [cell.source for cell in code if saves_figure(cell) and not pictures(cell)] == []
+        if any("explorer(" in cell.source for cell in code):
+            explore(page, name[:2])
+    finally:
+        for kernel in call(lab, "GET", "/api/kernels"):
+            call(lab, "DELETE", f"/api/kernels/{kernel['id']}")
+
+
+def explore(page, number):
+    """Every control changes the picture, and moving one back brings the old picture back."""
+    picture = page.locator("img.widget-image")
+    picture.scroll_into_view_if_needed()
+    layer, bits = (page.locator(".widget-hslider", has_text=text).locator(".noUi-handle") for text in ("layer", "bits"))
+    first = pixels(picture)
+    last = moved(page, first, "layer", lambda: layer.press("ArrowRight"))
+    last = moved(page, last, "bits", lambda: bits.press("ArrowRight"))
+    last = moved(page, last, "site", lambda: page.get_by_role("button", name="ug", exact=True).click())
+    last = moved(page, last, "rotation", lambda: page.get_by_label("rotation").select_option("none"))
+    page.screenshot(path=SHOTS / f"{number}_explorer.png")
+    before = last
+    last = moved(page, last, "bits", lambda: bits.press("ArrowLeft"))
+    assert moved(page, last, "bits", lambda: bits.press("ArrowRight")) == before
+
+
+def pixels(picture) -> str:
+    return picture.evaluate(PIXELS)
+
+
+PIXELS = """image => {
+    const canvas = document.createElement("canvas");
+    [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+    canvas.getContext("2d").drawImage(image, 0, 0);
+    return canvas.toDataURL();
+}"""
+
+
+def moved(page, last: str, what: str, move) -> str:
+    """Make a move and wait until the picture is another; returns it, and prints how long that took."""
+    start = time.perf_counter()
+    move()
+    changed = f"last => ({PIXELS})(document.querySelector('img.widget-image')) !== last"
+    page.wait_for_function(changed, arg=last, timeout=MINUTES / 6)
+    print(f"{what}: {time.perf_counter() - start:.2f} s")
+    return pixels(page.locator("img.widget-image"))
