@@ -38,6 +38,7 @@ class Config:
     solver: str = _setting("mm", "R1's and R2's solver: mm (joint), sgd (DartQuant's), adam, cayley or greedy")
     objective: str = _setting("whip", "what a rotation minimises: whip, range, kurtosis, lp or quant_error")
     init_mode: str = _setting("hadamard", "start of R1 and R2: hadamard, random or identity")
+    refine_steps: int = _setting(300, "end-to-end steps of the recipes that refine; 0 leaves them out")
     use_smooth: bool = _setting(True, "smooth the inputs of o_proj and down_proj")
     smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
     w_bits: int = _setting(4, "bits of weights, 2 to 16; 16 leaves them alone")
@@ -88,6 +89,8 @@ class Recipe:
     objective: str | None = None  # None: the run's
     weights: str | None = None
     measure: str = "max"  # what smoothing goes by: max or l2
+    gptq_inputs: str = "fp"  # or quantised
+    refine: bool = False
 
 
 R4, EVERYWHERE = ("down",), ("qkv", "o", "ug", "down")
@@ -100,14 +103,17 @@ RECIPES = {
     "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", R4, (), 0.9, True, "whip"),
     "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", R4, (), 0.9, True, "whip"),
     "jointquant": Recipe("JointQuant", "mm", "mm", R4, ("o", "down"), 0.9, True),
-    "jointquant-best": Recipe("JointQuant, best", "mm", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2"),
-    "jointquant-online": Recipe(
-        "JointQuant, online", None, "mm", ("qkv", "ug", "down"), EVERYWHERE, 0.9, True, "range", "gptq", "l2"
+    "jointquant-best": Recipe(
+        "JointQuant, best", "mm", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2", "quantised", refine=True
     ),
-}
+    "jointquant-online": Recipe(
+        "JointQuant, online", None, "mm", ("qkv", "ug", "down"), EVERYWHERE, 0.9, True, "range", "gptq", "l2",
+        "quantised", refine=True,
+    ),
+}  # fmt: skip
 
 PROFILES = {
-    "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_windows": 4},
+    "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_windows": 4, "refine_steps": 30},
     "standard": {"nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_windows": 4},
     "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": None},
 }
@@ -124,7 +130,8 @@ OPTIONAL = {f.name for f in fields(Config) if not isinstance(f.type, type)}
 LIMITS = [
     ("nsamples", 1, 1e6), ("seqlen", 2, 1e6), ("max_tokens", 1, 1e9), ("eval_windows", 1, 1e9),
     ("r1_lr", 0, 1e9), ("r2_lr", 0, 1e9), ("r1_epochs", 1, 1e6), ("r2_epochs", 1, 1e6), ("smooth_alpha", 0, 1),
-    ("w_bits", 2, 16), ("a_bits", 2, 16), ("kv_bits", 2, 16), ("w_groupsize", 1, 1e9), ("seed", 0, 2**31),
+    ("refine_steps", 0, 1e6), ("w_bits", 2, 16), ("a_bits", 2, 16), ("kv_bits", 2, 16), ("w_groupsize", 1, 1e9),
+    ("seed", 0, 2**31),
 ]  # fmt: skip
 CHOICES = {
     "profile": tuple(PROFILES),

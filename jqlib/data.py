@@ -22,7 +22,15 @@ HUB = {  # name -> (repository, files of the split we calibrate on, files of the
 C4_ROWS = 10_000  # of one shard: enough for 128 windows of 2048
 
 
-def get_calibration_data(tokenizer, nsamples: int = 128, seqlen: int = 2048, dataset: str | None = None, seed: int = 0):
+def get_calibration_data(
+    tokenizer,
+    nsamples: int = 128,
+    seqlen: int = 2048,
+    dataset: str | None = None,
+    seed: int = 0,
+    *,
+    least: int | None = None,
+) -> torch.Tensor:
     """Token windows to calibrate on: int64, (nsamples, seqlen).
 
     The text of the calibration split is tokenised as one piece without BOS and cut into windows
@@ -30,9 +38,9 @@ def get_calibration_data(tokenizer, nsamples: int = 128, seqlen: int = 2048, dat
     ``"c4"``, a folder in the hub's layout (parquet) or a text file; by default ``"wiki"`` for the
     embedded model and ``"wikitext2"`` for any other.
 
-    Raises ValueError when the text holds fewer windows than asked.
+    Raises ValueError when the text holds fewer windows than asked; where ``least`` are enough, there may be fewer.
     """
-    windows = _windows(tokenizer, dataset, "calibration", seqlen, nsamples)
+    windows = _windows(tokenizer, dataset, "calibration", seqlen, nsamples if least is None else least)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:nsamples]]
 

@@ -7,6 +7,7 @@ the hidden states of all calibration windows.
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,24 @@ DAMPING = 0.01  # of H's mean diagonal, added to it
 BLOCK = 32  # columns whose error is passed on together
 
 
-def quantize_weights_gptq(model: nn.Module, calib_data: Tensor, bits: int = 4, groupsize: int = 128) -> None:
+def quantize_weights_gptq(
+    model: nn.Module,
+    calib_data: Tensor,
+    bits: int = 4,
+    groupsize: int = 128,
+    *,
+    before: Callable[[str], object] | None = None,
+) -> None:
     """Round the weights of all decoder layers in place, on the inputs they see as the model stands.
 
     ``calib_data``: token windows, (windows, seqlen). A rotated model is calibrated rotated, R4 included.
+    ``before``: called with a layer's name when its turn comes, such as to have its inputs rounded from then on.
     """
     sites = family_of(model).sites
     hidden, kwargs = _first_inputs(model, calib_data)
     for name, layer in tqdm(list(layers_of(model)), "GPTQ", unit="layer"):
+        if before:
+            before(name)
         hessians = _hessians(layer, sites, hidden, kwargs)
         for site in sites:
             linears = [layer.get_submodule(reader) for reader in site.readers]

@@ -31,13 +31,14 @@ def hadamard_matrix(n: int) -> Tensor:
     return H
 
 
-def hadamard_transform(x: Tensor) -> Tensor:
-    """``x @ hadamard_matrix(n) / sqrt(n)`` along the last axis, (..., n), at the cost of the small factors."""
+def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
+    """``x @ hadamard_matrix(n) / sqrt(n)`` (``inverse``: its transpose), (..., n), at the cost of the small factors."""
     n = x.shape[-1]
     y = x.reshape(-1, n).contiguous().to(torch.promote_types(x.dtype, torch.float32))
     block = 1  # what follows the axis of the current factor
     for order in reversed(factors(n)):
         H = _base(order).to(y) / order**0.5
+        H = H.T if inverse else H
         y = y.view(-1, order, block)  # (tokens · before, order, block)
         y = y.view(-1, order) @ H if block == 1 else H.T @ y
         block *= order

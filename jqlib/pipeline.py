@@ -21,9 +21,10 @@ from jqlib.joint import train_r1_joint, train_r2_independent
 from jqlib.models import site_targets
 from jqlib.quant import OFF
 from jqlib.quantize import quantize_model
+from jqlib.refine import TOKENS, Refined, refine
 from jqlib.rotation import fuse_layer_norms, rotate_model
 from jqlib.smooth import compute_simple_smooth_scale
-from jqlib.store import artifact, peak_rss_bytes
+from jqlib.store import artifact, checkpoint, peak_rss_bytes
 
 
 def load_model(config: Config):
@@ -109,7 +110,9 @@ def smooth_scales(config: Config, sites: tuple[str, ...], measure: str = "max") 
         )  # fmt: skip
         return scales, {}
 
-    return artifact(config.folder, "smooth", _depends(config, "smooth_alpha") | {"sites": sites, "measure": measure}, make)
+    return artifact(
+        config.folder, "smooth", _depends(config, "smooth_alpha") | {"sites": sites, "measure": measure}, make
+    )
 
 
 def recipe_of(config: Config, name: str | None = None) -> Recipe:
@@ -122,29 +125,60 @@ def recipe_of(config: Config, name: str | None = None) -> Recipe:
     return recipe
 
 
+def refined(config: Config, recipe: Recipe, start: Refined) -> tuple[Refined, dict]:
+    """`start` refined end to end, on as much calibration text as its steps need; an interrupted one goes on."""
+    depends = _recipe_depends(config, recipe)
+
+    def make():
+        tokenizer, wanted = models.get_tokenizer(config.model), -(-config.refine_steps * TOKENS // config.seqlen)
+        windows = get_calibration_data(tokenizer, wanted, config.seqlen, config.calib_dataset, config.seed, least=1)
+        state, keep = checkpoint(config.folder, "refined", depends)
+        found = refine(
+            load_model(config), windows, start.R1, start.R2, start.smooth_scale, a_clip=recipe.a_clip,
+            o_per_head=recipe.o_per_head, steps=config.refine_steps, seed=config.seed, keep=keep, resume=state,
+        )  # fmt: skip
+        tensors = {} if found.R1 is None else {"R1 of": found.R1}
+        for field in ("R2", "norm_scale", "smooth_scale"):
+            tensors |= {f"{field} {name}": tensor for name, tensor in getattr(found, field).items()}
+        return tensors, {"clips": found.clips}
+
+    tensors, values = artifact(config.folder, "refined", depends, make)
+    fields = {
+        field: {name.split()[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{field} ")}
+        for field in ("R2", "norm_scale", "smooth_scale")
+    }
+    return Refined(tensors.get("R1 of"), **fields, clips=values["clips"]), values
+
+
 def transform(config: Config, recipe: Recipe):
     """A fresh model, smoothed and rotated by the recipe, still computing what it did before.
 
-    Returns it with the seconds that its calibration took when it was made.
+    Returns it with its activations' clip ratios and the seconds that its calibration took when it was made.
     """
     config = replace(config, objective=recipe.objective or config.objective)
     r2_solver = "mm" if recipe.r2 == "greedy" else recipe.r2  # R2 is per layer by nature
-    scales, smoothing = smooth_scales(config, recipe.smooth, recipe.measure) if recipe.smooth else (None, {})
+    scales, smoothing = smooth_scales(config, recipe.smooth, recipe.measure) if recipe.smooth else ({}, {})
     R1, for_r1 = r1(config, recipe.r1) if recipe.r1 else (None, {})
-    R2, for_r2 = r2(config, r2_solver, scales) if recipe.r2 else (None, {})
+    R2, for_r2 = r2(config, r2_solver, scales) if recipe.r2 else ({}, {})
     seconds = smoothing.get("seconds", 0.0) + sum(part.get("train_seconds", 0.0) for part in (for_r1, for_r2))
     seconds += max(part.get("collect_seconds", 0.0) for part in (for_r1, for_r2))  # one pass serves both
+    found = Refined(R1, R2, {}, scales, recipe.a_clip)
+    if recipe.refine and config.refine_steps:
+        found, refinement = refined(config, recipe, found)
+        seconds += refinement["seconds"]
     model = load_model(config)
     if recipe.r1:
         fuse_layer_norms(model)
-    rotate_model(model, R1, R2, scales, online=recipe.online)
-    return model, seconds
+    rotate_model(
+        model, found.R1, found.R2, found.smooth_scale, norm_scale=found.norm_scale, online=recipe.online
+    )  # fmt: skip
+    return model, found.clips, seconds
 
 
 @lru_cache(maxsize=1)
 def _transformed(config: Config, recipe: Recipe | None):
     """`transform`, kept for the next row of the same recipe: copy it before changing it."""
-    return transform(config, recipe) if recipe else (load_model(config), 0.0)
+    return transform(config, recipe) if recipe else (load_model(config), 1.0, 0.0)
 
 
 def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) -> dict:
@@ -156,14 +190,15 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
     weights = (recipe.weights or config.weights) if recipe and w_bits < OFF else "none"
 
     def make():
-        model, seconds = _transformed(config, recipe)
+        model, clips, seconds = _transformed(config, recipe)
         if recipe:
             model = deepcopy(model)
             calib_data = load_calibration(config) if weights == "gptq" else None
             start = time.perf_counter()
             quantize_model(
                 model, w_bits, a_bits, config.w_groupsize, weights="rtn" if weights == "none" else weights,
-                kv_bits=kv_bits, calib_data=calib_data, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head,
+                kv_bits=kv_bits, calib_data=calib_data, gptq_inputs=recipe.gptq_inputs, a_clip=clips,
+                o_per_head=recipe.o_per_head,
             )  # fmt: skip
             seconds += time.perf_counter() - start
         ppl = evaluate_perplexity(
@@ -186,7 +221,7 @@ def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
     """Of what each site reads under a recipe (None: in the model as it is): ``{first reader: kurtosis}``."""
 
     def make():
-        model, _ = _transformed(config, recipe)
+        model, *_ = _transformed(config, recipe)
         moments: dict[str, Moments] = {}
         windows = load_calibration(config)[:2]  # moments settle fast: thousands of tokens times hundreds of channels
         collect_activations(model, windows, site_targets(model), config.device, 1, raw=True, moments=moments)
@@ -210,7 +245,8 @@ def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
     """What a model under a recipe (None: the FP model) depends on: what the recipe does, whatever it is called."""
     if recipe is None:
         return _depends(config) | {"recipe": None}
-    names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
+    names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens",
+             "refine_steps")  # fmt: skip
     does = {name: value for name, value in vars(recipe).items() if name not in ("label", "weights")}
     return _depends(config, *names) | {"recipe": does, "objective": recipe.objective or config.objective}
 

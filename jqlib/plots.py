@@ -196,3 +196,19 @@ def intervals(
         )
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=len(kinds))
         return figure
+
+
+def waterfall(costs: Mapping[str, float], xlabel: str) -> Figure:
+    """From the first cost to the last, log axis: a bar a step, from what was left before it to what is left after."""
+    names, values = list(costs), np.maximum(list(costs.values()), 1e-3)
+    before = np.array([values[0] * 1.02, *values[:-1]])
+    with styled():
+        figure, axis = plt.subplots(figsize=(8, 1.2 + 0.45 * len(names)))
+        colours = ["C0" if after <= was else "C1" for was, after in zip(before, values, strict=True)]
+        axis.barh(names, np.abs(before - values), left=np.minimum(before, values), color=colours, alpha=0.6)
+        axis.plot(values, names, "k|", ms=16, mew=2)
+        for name, value in zip(names, values, strict=True):
+            axis.text(value * 0.96, name, f"{value:.2f}", va="center", ha="right")
+        axis.set(xscale="log", xlabel=xlabel, xlim=(values.min() * 0.7, values.max() * 1.1))
+        axis.invert_yaxis()
+        return figure

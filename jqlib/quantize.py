@@ -11,10 +11,11 @@ from tqdm import tqdm
 from jqlib.gptq import quantize_weights_gptq
 from jqlib.hadamard import factors
 from jqlib.kv_cache import quantize_kv_cache
-from jqlib.models import begin, done, head_dim_of, on_input, sites_of
+from jqlib.models import begin, done, head_dim_of, layers_of, on_input, site_targets, sites_of
 from jqlib.quant import OFF, check_bits, quantize_activation, quantize_weight
 
 WEIGHTS = ("rtn", "gptq")
+GPTQ_INPUTS = ("fp", "quantised")
 
 
 def quantize_model(
@@ -26,7 +27,8 @@ def quantize_model(
     kv_bits: int = OFF,
     weights: str = "rtn",
     calib_data: Tensor | None = None,
-    a_clip: float = 1.0,
+    gptq_inputs: str = "fp",
+    a_clip: float | dict[str, float] = 1.0,
     o_per_head: bool = False,
 ) -> None:
     """Quantise all linears of the decoder layers and the activations they read, in place. 16 bits: left alone.
@@ -34,34 +36,60 @@ def quantize_model(
     ``weights``: ``"rtn"`` rounds each weight to its nearest; ``"gptq"`` needs ``calib_data``, token windows
     (windows, seqlen), and makes later weights of a row answer for the rounding of earlier ones (`jqlib.gptq`).
     ``kv_bits``: keys (behind R3) and values (`jqlib.kv_cache`).
-    ``a_clip`` shrinks every token's range; ``o_per_head`` gives o_proj's input a grid a head.
+    ``gptq_inputs="quantised"``: GPTQ answers for inputs rounded to ``a_bits`` too, its own layer's and those before it.
+    ``a_clip`` shrinks every token's range, at all sites or by a site's first reader; ``o_per_head`` gives o_proj's
+    input a grid a head.
 
     Raises ValueError for bits outside 2..16, a group size below 1, a clip outside (0, 1] or GPTQ without
     calibration data; RuntimeError for a model quantised already.
     """
+    clips = a_clip if isinstance(a_clip, dict) else dict.fromkeys(site_targets(model), a_clip)
     check_bits(w_bits=w_bits, a_bits=a_bits, kv_bits=kv_bits)
-    if w_groupsize < 1:
-        raise ValueError(f"w_groupsize={w_groupsize}: a group holds at least 1 weight (128 is usual)")
-    if not 0 < a_clip <= 1:
-        raise ValueError(f"a_clip={a_clip}: a clip ratio lies in (0, 1]")
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r} is unknown; there are {', '.join(WEIGHTS)}")
-    if weights == "gptq" and w_bits < OFF and calib_data is None:
+    _check(model, w_groupsize, clips, weights, gptq_inputs)
+    gptq = weights == "gptq" and w_bits < OFF
+    if gptq and calib_data is None:
         raise ValueError("weights='gptq' needs calib_data: token windows, as get_calibration_data gives them")
     begin(model, "quantised")
     if kv_bits < OFF:
         factors(head_dim_of(model))  # raises where no Hadamard matrix has that size
-    if w_bits < OFF and weights == "gptq":
-        quantize_weights_gptq(model, calib_data, w_bits, w_groupsize)
+    round_inputs = partial(_round_inputs, model, a_bits, clips, o_per_head)
+    inputs_first = gptq and gptq_inputs == "quantised"
+    if gptq:
+        quantize_weights_gptq(model, calib_data, w_bits, w_groupsize, before=round_inputs if inputs_first else None)
     elif w_bits < OFF:
-        for layer, site in tqdm(sites_of(model), "rounding weights", unit="site"):
-            for reader in site.readers:
-                weight = model.get_submodule(f"{layer}.{reader}").weight
-                weight.data = quantize_weight(weight, w_bits, w_groupsize).to(weight.dtype)
-    if a_bits < OFF:
-        for layer, site in sites_of(model):
-            groupsize = head_dim_of(model) if site.name == "o" and o_per_head else None
-            on_input(model, layer, site, partial(quantize_activation, bits=a_bits, clip=a_clip, groupsize=groupsize))
+        _round_to_nearest(model, w_bits, w_groupsize)
+    if not inputs_first:
+        for layer, _ in layers_of(model):
+            round_inputs(layer)
     if kv_bits < OFF:
         quantize_kv_cache(model, kv_bits)
     done(model).add("quantised")
+
+
+def _check(model: nn.Module, w_groupsize: int, clips: dict[str, float], weights: str, gptq_inputs: str) -> None:
+    if w_groupsize < 1:
+        raise ValueError(f"w_groupsize={w_groupsize}: a group holds at least 1 weight (128 is usual)")
+    if missing := [name for name in site_targets(model) if name not in clips]:
+        raise ValueError(f"a_clip has no entry for {missing[0]}: give one number, or one for every site's first reader")
+    if wrong := [clip for clip in clips.values() if not 0 < clip <= 1]:
+        raise ValueError(f"a_clip={wrong[0]}: a clip ratio lies in (0, 1]")
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights={weights!r} is unknown; there are {', '.join(WEIGHTS)}")
+    if gptq_inputs not in GPTQ_INPUTS:
+        raise ValueError(f"gptq_inputs={gptq_inputs!r} is unknown; there are {', '.join(GPTQ_INPUTS)}")
+
+
+def _round_to_nearest(model: nn.Module, bits: int, groupsize: int) -> None:
+    for layer, site in tqdm(sites_of(model), "rounding weights", unit="site"):
+        for reader in site.readers:
+            weight = model.get_submodule(f"{layer}.{reader}").weight
+            weight.data = quantize_weight(weight, bits, groupsize).to(weight.dtype)
+
+
+def _round_inputs(model: nn.Module, bits: int, clips: dict[str, float], o_per_head: bool, of_layer: str) -> None:
+    """From now on the inputs of one layer's sites are rounded."""
+    for layer, site in sites_of(model) if bits < OFF else []:
+        if layer == of_layer:
+            groupsize = head_dim_of(model) if site.name == "o" and o_per_head else None
+            clip = clips[f"{layer}.{site.readers[0]}"]
+            on_input(model, layer, site, partial(quantize_activation, bits=bits, clip=clip, groupsize=groupsize))

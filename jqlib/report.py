@@ -30,12 +30,11 @@ def report(output_dir: Path) -> pd.DataFrame:
 
     A row has the model, the run (its folder below ``output_dir``), and each parameter in which the runs differ.
     """
-    files = sorted(output_dir.rglob(f"results/{RESULTS}"))
-    if not files:
+    table = side_by_side(output_dir)
+    if table.empty:
         raise FileNotFoundError(f"no results/{RESULTS} under {output_dir}: run `python -m jqlib run` first")
-    table = _table({file.parent.parent.relative_to(output_dir): json.loads(file.read_text()) for file in files})
     style = table.style.format(precision=2, escape="latex").format_index(escape="latex", axis="columns").hide()
-    figures = [file.parents[1] / "figures" / "05_table.png" for file in files]
+    figures = [file.parents[1] / "figures" / "05_table.png" for file in _files(output_dir)]
     html = PAGE.format(
         table=table.to_html(index=False, float_format="%.2f", border=0),
         figures="\n".join(_figure(path, output_dir) for path in figures if path.exists()),
@@ -43,6 +42,17 @@ def report(output_dir: Path) -> pd.DataFrame:
     for suffix, text in {"csv": table.to_csv(index=False), "tex": style.to_latex(hrules=True), "html": html}.items():
         write(output_dir / f"report.{suffix}", lambda path, text=text: path.write_text(text, encoding="utf-8"))
     return table
+
+
+def side_by_side(output_dir: Path) -> pd.DataFrame:
+    """The table of `report`, empty where notebook 05 has left nothing below the folder."""
+    return _table(
+        {file.parents[1].relative_to(output_dir): json.loads(file.read_text()) for file in _files(output_dir)}
+    )
+
+
+def _files(output_dir: Path) -> list[Path]:
+    return sorted(output_dir.rglob(f"results/{RESULTS}"))
 
 
 def _table(results: dict[Path, dict]) -> pd.DataFrame:

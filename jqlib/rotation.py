@@ -45,12 +45,15 @@ def rotate_model(
     R2: dict[str, Tensor] | None = None,
     smooth_scale: dict[str, Tensor] | None = None,
     *,
+    norm_scale: dict[str, Tensor] | None = None,
     online: tuple[str, ...] = ("down",),
 ) -> None:
     """Smooth, then rotate a fused model: v/o by R2, the residual stream by R1, down_proj's input by R4.
 
     ``R1``: (hidden, hidden) of `train_r1_joint`; ``R2`` and ``smooth_scale`` as `train_r2_independent` and
-    `compute_simple_smooth_scale` give them. None leaves that step out. ``online``: sites whose input goes through a
+    `compute_simple_smooth_scale` give them. None leaves that step out. ``norm_scale``: gains of the norms behind R1, a
+    positive number a channel of the rotated stream, by the first reader of each norm: its readers' columns are
+    divided by them. ``online``: sites whose input goes through a
     fast Hadamard transform when the model runs; ``"down"`` is R4. Behind a norm it acts on what gamma has scaled:
     without R1 norms need not be fused.
 
@@ -61,6 +64,7 @@ def rotate_model(
         raise RuntimeError("R1 needs a model whose norms are fused: call fuse_layer_norms(model) before it")
     begin(model, "rotated")
     _check_rotations(model, R1, R2)
+    _check_norm_scale(model, R1, norm_scale or {})
     sites = sites_of(model, *online) if online else []
     for layer, site in sites:
         factors(model.get_submodule(f"{layer}.{site.readers[0]}").in_features)  # raises where there is no such matrix
@@ -70,6 +74,9 @@ def rotate_model(
         _rotate_heads(model, name, heads)
     if R1 is not None:
         _rotate_stream(model, R1)
+    for layer, site in sites_of(model):
+        if (scale := (norm_scale or {}).get(f"{layer}.{site.readers[0]}")) is not None:
+            _scale_norm(model, layer, site, scale)
     for layer, site in sites:
         _rotate_online(model, layer, site)
     done(model).add("rotated")
@@ -116,10 +123,31 @@ def _rotate_heads(model: nn.Module, name: str, heads: Tensor) -> None:
     o.weight.data = torch.einsum("okgd,kde->okge", columns, R).flatten(1).to(o.weight.dtype)
 
 
+def _scale_norm(model: nn.Module, layer: str, site, scale: Tensor) -> None:
+    """OSTQuant's free scale: gains on the norm, their inverses on the columns of its readers."""
+    norm = model.get_submodule(f"{layer}.{site.norm}")
+    scale = scale.double().to(norm.weight.device)
+    norm.weight.data = (norm.weight.double() * scale).to(norm.weight.dtype)
+    for reader in site.readers:
+        _merge(model.get_submodule(f"{layer}.{reader}").weight, lambda rows: rows / scale)
+
+
 def _rotate_online(model: nn.Module, layer: str, site) -> None:
     for reader in site.readers:
         _merge(model.get_submodule(f"{layer}.{reader}").weight, hadamard_transform)
     on_input(model, layer, site, hadamard_transform)
+
+
+def _check_norm_scale(model: nn.Module, R1: Tensor | None, norm_scale: dict[str, Tensor]) -> None:
+    if norm_scale and R1 is None:
+        raise ValueError("norm_scale acts behind R1: give R1 too")
+    names = [f"{layer}.{site.readers[0]}" for layer, site in sites_of(model) if site.norm]
+    for name, scale in norm_scale.items():
+        if name not in names:
+            raise ValueError(f"norm_scale names {name!r}; expected names such as {names[0]!r}")
+        n = model.config.hidden_size
+        if scale.shape != (n,) or not (torch.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"norm_scale of {name}: expected {n} positive numbers, got shape {tuple(scale.shape)}")
 
 
 def _check_rotations(model: nn.Module, R1: Tensor | None, R2: dict[str, Tensor] | None) -> None:

@@ -26,7 +26,7 @@ from jqlib.config import ROOT, Config
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "pandas", "matplotlib", "papermill")
 # the modules that decide what an artifact holds; a change of their code makes it anew
 METHOD = ("embedded", "models", "data", "activations", "hadamard", "rotation", "objectives", "solver", "joint",
-          "baselines", "smooth", "quant", "gptq", "kv_cache", "quantize", "evaluate", "pipeline")  # fmt: skip
+          "baselines", "smooth", "quant", "gptq", "kv_cache", "quantize", "refine", "evaluate", "pipeline")  # fmt: skip
 
 Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
 
@@ -37,20 +37,41 @@ def artifact(folder: Path, kind: str, depends: dict, make: Callable[[], Made]) -
     The plain values get ``"seconds"``, how long making it took, and ``"reused"``.
     """
     depends = depends | {"code": code_hash()}
-    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
-    path = folder / "artifacts" / f"{kind}-{key}.json"
+    path = _path(folder, kind, depends)
     if (found := _read(path)) is not None:
         print(f"reusing {kind} ({path.name}, made in {found[1]['seconds']:.1f} s)")
         return found
     start = time.perf_counter()
     tensors, values = make()
     values |= {"seconds": time.perf_counter() - start}
+    _write(path, depends, tensors, values)
+    return tensors, values | {"reused": False}
+
+
+def checkpoint(folder: Path, kind: str, depends: dict) -> tuple[dict[str, Tensor] | None, Callable[[dict], None]]:
+    """The state that the unfinished making of an artifact left behind (None: none), and a function that keeps one."""
+    path = _path(folder, f"unfinished-{kind}", depends | {"code": code_hash()})
+    found = _read(path)
+    if found:
+        print(f"going on from {path.name}")
+
+    def keep(tensors: dict[str, Tensor]) -> None:
+        _write(path, depends, tensors, {})
+
+    return found and found[0], keep
+
+
+def _path(folder: Path, kind: str, depends: dict) -> Path:
+    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / "artifacts" / f"{kind}-{key}.json"
+
+
+def _write(path: Path, depends: dict, tensors: dict[str, Tensor], values: dict) -> None:
     tensors_path = path.with_suffix(".safetensors")
     if tensors:
         write(tensors_path, lambda to: save_file({k: v.contiguous() for k, v in tensors.items()}, to))
     digest = _sha256(tensors_path) if tensors else None
     write_json(path, {"depends": depends, "values": values, "sha256": digest})
-    return tensors, values | {"reused": False}
 
 
 def _read(path: Path) -> Made | None:

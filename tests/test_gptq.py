@@ -8,7 +8,7 @@ import torch
 
 from jqlib.gptq import _inverse_cholesky, gptq, quantize_weights_gptq
 from jqlib.models import sites_of
-from jqlib.quant import grouped, quantize_weight, weight_scale
+from jqlib.quant import grouped, quantize_activation, quantize_weight, weight_scale
 from jqlib.quantize import quantize_model
 from jqlib.rotation import fuse_layer_norms, rotate_model
 
@@ -116,6 +116,24 @@ def test_sequential_hessians_on_a_rotated_model(tiny_model, tokens, orthogonal):
     X = torch.cat(inputs)
     expected = gptq(target.weight, X.T @ X, 4, 16)
     torch.testing.assert_close(model.get_submodule("model.layers.1.mlp.down_proj").weight, expected)
+
+
+@torch.inference_mode()
+def test_hessians_of_inputs_that_will_be_rounded(tiny_model, tokens):
+    """Layer 0 is calibrated on its own inputs rounded, layer 1 on what a layer 0 in 4 bits gives it, rounded too."""
+    model, windows = tiny_model(seed=1), tokens(4, 64)
+    before = copy.deepcopy(model)
+    quantize_model(model, 4, 4, 16, weights="gptq", calib_data=windows, gptq_inputs="quantised", a_clip=0.9)
+    half = copy.deepcopy(before)
+    half.model.layers[0] = model.model.layers[0]
+    for layer, whole in ((0, before), (1, half)):
+        target, inputs = whole.get_submodule(f"model.layers.{layer}.self_attn.v_proj"), []
+        target.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, -2)))
+        for window in windows:
+            whole(window[None])
+        X = quantize_activation(torch.cat(inputs), 4, 0.9)
+        name = f"model.layers.{layer}.self_attn.v_proj.weight"
+        torch.testing.assert_close(model.get_parameter(name), gptq(target.weight, X.T @ X, 4, 16))
 
 
 @torch.inference_mode()

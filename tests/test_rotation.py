@@ -166,6 +166,33 @@ def test_bad_rotations_leave_the_model_alone(tiny_model, orthogonal, R1, R2, mes
     assert done(model) == {"fused"}
 
 
+def test_logits_survive_norm_scales(tiny_model, tokens, orthogonal, double_norms):
+    model = tiny_model(dtype=torch.float64)
+    expected = model(tokens()).logits
+    fuse_layer_norms(model)
+    scales = {f"model.layers.{i}.{r}": torch.linspace(0.3, 3, HIDDEN).roll(7 * i) for i in range(2)
+              for r in ("self_attn.q_proj", "mlp.up_proj")}  # fmt: skip
+    rotate_model(model, orthogonal(HIDDEN), norm_scale=scales)
+    gain = model.model.layers[1].input_layernorm.weight
+    torch.testing.assert_close(gain, scales["model.layers.1.self_attn.q_proj"].double())
+    torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rotated", "scale", "message"), [
+    (False, {"model.layers.0.mlp.up_proj": torch.ones(48)}, "norm_scale acts behind R1: give R1 too"),
+    (True, {NAME: torch.ones(48)}, f"norm_scale names '{NAME}'; expected .* 'model.layers.0.self_attn.q_proj'"),
+    (True, {"model.layers.0.mlp.up_proj": torch.ones(8)}, r"expected 48 positive numbers, got shape \(8,\)"),
+    (True, {"model.layers.0.mlp.up_proj": torch.zeros(48)}, "expected 48 positive numbers"),
+])  # fmt: skip
+def test_bad_norm_scales_leave_the_model_alone(tiny_model, orthogonal, rotated, scale, message):
+    model = tiny_model()
+    fuse_layer_norms(model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        rotate_model(model, orthogonal(48, 0, torch.float32) if rotated else None, norm_scale=scale)
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
 def test_order_of_steps_is_enforced(tiny_model, orthogonal):
     model, R = tiny_model(), orthogonal(HIDDEN)
     with pytest.raises(RuntimeError, match="R1 needs a model whose norms are fused: call fuse_layer_norms"):

@@ -44,6 +44,20 @@ def test_a_damaged_file_is_said_and_made_anew(tmp_path, capsys, suffix):
     assert "is damaged" in capsys.readouterr().out
 
 
+def test_a_checkpoint_is_found_again_by_what_it_depends_on(tmp_path, capsys):
+    state, keep = store.checkpoint(tmp_path, "training", {"seed": 0})
+    assert state is None
+    keep({"step": torch.tensor(3)})
+    keep({"step": torch.tensor(4)})
+    assert store.checkpoint(tmp_path, "training", {"seed": 1})[0] is None
+    state, _ = store.checkpoint(tmp_path, "training", {"seed": 0})
+    assert state["step"] == 4
+    assert "going on from unfinished-training" in capsys.readouterr().out
+    next(tmp_path.rglob("*.safetensors")).write_bytes(b"cut off")
+    assert store.checkpoint(tmp_path, "training", {"seed": 0})[0] is None
+    assert "is damaged" in capsys.readouterr().out
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     store.write_json(path, {"a": 1})
