@@ -38,7 +38,7 @@ class Config:
     solver: str = _setting("mm", "R1's and R2's solver: mm (joint), sgd (DartQuant's), adam, cayley or greedy")
     objective: str = _setting("whip", "what a rotation minimises: whip, range, kurtosis, lp or quant_error")
     init_mode: str = _setting("hadamard", "start of R1 and R2: hadamard, random or identity")
-    refine_steps: int = _setting(300, "end-to-end steps of the recipes that refine; 0 leaves them out")
+    refine_steps: int = _setting(200, "end-to-end steps of the recipes that refine; 0 leaves them out")
     use_smooth: bool = _setting(True, "smooth the inputs of o_proj and down_proj")
     smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
     w_bits: int = _setting(4, "bits of weights, 2 to 16; 16 leaves them alone")

@@ -170,7 +170,8 @@ def transform(config: Config, recipe: Recipe):
     if recipe.r1:
         fuse_layer_norms(model)
     rotate_model(
-        model, found.R1, found.R2, found.smooth_scale, norm_scale=found.norm_scale, online=recipe.online
+        model, found.R1, found.R2, found.smooth_scale,
+        norm_scale=found.norm_scale, r4="down" in recipe.online, online=recipe.online,
     )  # fmt: skip
     return model, found.clips, seconds
 

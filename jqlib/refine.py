@@ -47,7 +47,7 @@ def refine(
     a_bits: int = 4,
     a_clip: float = 0.9,
     o_per_head: bool = True,
-    steps: int = 300,
+    steps: int = 200,
     seed: int = 0,
     keep: Callable[[dict[str, Tensor]], object] | None = None,
     resume: dict[str, Tensor] | None = None,

@@ -46,16 +46,16 @@ def rotate_model(
     smooth_scale: dict[str, Tensor] | None = None,
     *,
     norm_scale: dict[str, Tensor] | None = None,
-    online: tuple[str, ...] = ("down",),
+    r4: bool = True,
+    online: tuple[str, ...] = (),
 ) -> None:
     """Smooth, then rotate a fused model: v/o by R2, the residual stream by R1, down_proj's input by R4.
 
     ``R1``: (hidden, hidden) of `train_r1_joint`; ``R2`` and ``smooth_scale`` as `train_r2_independent` and
     `compute_simple_smooth_scale` give them. None leaves that step out. ``norm_scale``: gains of the norms behind R1, a
     positive number a channel of the rotated stream, by the first reader of each norm: its readers' columns are
-    divided by them. ``online``: sites whose input goes through a
-    fast Hadamard transform when the model runs; ``"down"`` is R4. Behind a norm it acts on what gamma has scaled:
-    without R1 norms need not be fused.
+    divided by them. ``r4``: down_proj's input goes through a fast Hadamard transform when the model runs; so do those
+    of the sites in ``online``. Behind a norm it acts on what gamma has scaled: without R1 norms need not be fused.
 
     Raises RuntimeError when norms are not fused or the model is rotated already, ValueError when a matrix has
     the wrong shape or is not orthogonal.
@@ -65,7 +65,8 @@ def rotate_model(
     begin(model, "rotated")
     _check_rotations(model, R1, R2)
     _check_norm_scale(model, R1, norm_scale or {})
-    sites = sites_of(model, *online) if online else []
+    transformed = {*online, "down"} if r4 else set(online)
+    sites = sites_of(model, *transformed) if transformed else []
     for layer, site in sites:
         factors(model.get_submodule(f"{layer}.{site.readers[0]}").in_features)  # raises where there is no such matrix
     if smooth_scale:

@@ -37,7 +37,7 @@ def built(model, found: refine.Refined, online: bool):
     """The model that `rotate_model` and `quantize_model` make of a refinement, weights left alone."""
     if not online:
         fuse_layer_norms(model)
-    sites = ("qkv", "ug", "down") if online else ("down",)
+    sites = ("qkv", "ug") if online else ()
     rotate_model(model, found.R1, found.R2, found.smooth_scale, norm_scale=found.norm_scale, online=sites)
     quantize_model(model, 16, 4, a_clip=found.clips, o_per_head=True)
     return model
