@@ -113,7 +113,7 @@ RECIPES = {
 }  # fmt: skip
 
 PROFILES = {
-    "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_windows": 4, "refine_steps": 30},
+    "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_windows": 4, "refine_steps": 20},
     "standard": {"nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_windows": 4},
     "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": None},
 }
