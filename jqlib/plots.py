@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from torch import Tensor
 
 from jqlib.quant import quantize_activation
@@ -210,5 +210,8 @@ def waterfall(costs: Mapping[str, float], xlabel: str) -> Figure:
         for name, value in zip(names, values, strict=True):
             axis.text(value * 0.96, name, f"{value:.2f}", va="center", ha="right")
         axis.set(xscale="log", xlabel=xlabel, xlim=(values.min() * 0.7, values.max() * 1.1))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.invert_yaxis()
         return figure
