@@ -16,7 +16,7 @@ def config(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     names = {"model": "model", "calib_dataset": "text.txt", "eval_dataset": "text.txt", "output_dir": "out"}
-    small = {"profile": "quick", "nsamples": 2, "seqlen": 64, "max_tokens": 64, "eval_windows": 2}
+    small = {"profile": "quick", "nsamples": 2, "seqlen": 64, "max_tokens": 64, "eval_windows": 2, "refine_steps": 3}
     return make_config({name: str(tmp_path / file) for name, file in names.items()} | small)
 
 
@@ -30,13 +30,25 @@ def test_activations_come_in_the_models_order_made_or_reused(config):
     assert all(torch.equal(made[name], reused[name]) for name in made)
 
 
-@pytest.mark.parametrize("name", ["rtn", "smoothquant", "quarot", "dartquant-r2", "jointquant"])
+@pytest.mark.parametrize(
+    "name",
+    ["rtn", "smoothquant", "quarot", "quip", "dartquant-r2", "jointquant", "jointquant-best", "jointquant-online"],
+)
 def test_every_recipe_keeps_the_model_until_it_rounds(config, name):
     ids = pipeline.load_calibration(config)[:1, :64]
     expected = pipeline.load_model(config)(ids).logits
-    model, seconds = pipeline.transform(config, RECIPES[name])
+    model, clips, seconds = pipeline.transform(config, RECIPES[name])
+    assert (clips == RECIPES[name].a_clip) != RECIPES[name].refine
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-4)
     assert seconds >= 0
+
+
+def test_a_refinement_is_kept_whole(config, capsys):
+    recipe = RECIPES["jointquant-best"]
+    (first, clips, _), (again, kept, _) = (pipeline.transform(config, recipe) for _ in range(2))
+    assert "reusing refined" in capsys.readouterr().out
+    assert clips == kept
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in first.named_parameters())
 
 
 def test_evaluations_are_kept(config, capsys):
