@@ -167,7 +167,7 @@ def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
             axis.semilogx(grid, np.median(lines, 0), label=name)
             axis.fill_between(grid, np.min(lines, 0), np.max(lines, 0), alpha=0.25)
         axis.set(xlabel="seconds since the call (log)", ylabel=ylabel)
-        axis.legend()
+        figure.legend(loc="outside lower center", ncol=2)
         return figure
 
 

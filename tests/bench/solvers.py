@@ -19,7 +19,7 @@ from jqlib.joint import initial_rotation
 from jqlib.objectives import get_objective, mean_value
 from jqlib.solver import Minibatches, minimise
 
-RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "adam": (1e-3, 1e-2), "cayley": (0.1, 1.0)}
+RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "adam": (1e-3, 1e-2), "cayley": (1e-3, 1e-2, 0.1)}
 EPOCHS = 10
 POINTS = 16  # of a curve
 
