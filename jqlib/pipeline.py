@@ -246,8 +246,8 @@ def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
     """What a model under a recipe (None: the FP model) depends on: what the recipe does, whatever it is called."""
     if recipe is None:
         return _depends(config) | {"recipe": None}
-    names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens",
-             "refine_steps")  # fmt: skip
+    names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
+    names += ("refine_steps",) if recipe.refine else ()
     does = {name: value for name, value in vars(recipe).items() if name not in ("label", "weights")}
     return _depends(config, *names) | {"recipe": does, "objective": recipe.objective or config.objective}
 

@@ -118,3 +118,19 @@ def test_scales_that_do_not_fit_are_named_and_leave_the_model_alone(tiny_model, 
     with pytest.raises(ValueError, match=message):
         apply_smoothing(model, scales)
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
+def test_root_mean_squares_reach_the_bound_of_both_roundings(tiny_model, tokens):
+    """‖X S⁻¹‖ ‖W S‖ is Σ ‖X_j‖ ‖W_:j‖ and no less: max-based scales stay above it (Cauchy–Schwarz)."""
+    model, windows, name = tiny_model(), tokens(4, 64), "model.layers.0.mlp.down_proj"
+    x = collect_activations(model, windows, [name], max_tokens=None)[name]
+    weight = model.get_submodule(name).weight
+    bound = (x.norm(dim=0) * weight.norm(dim=0)).sum()
+    costs = {}
+    for measure in ("l2", "max"):
+        s = compute_simple_smooth_scale(model, windows, measure=measure)[name]
+        costs[measure] = (x / s).norm() * (weight * s).norm()
+    torch.testing.assert_close(costs["l2"], bound)
+    assert costs["max"] > 1.001 * bound
+    with pytest.raises(ValueError, match="measure='l1' is unknown; there are max, l2"):
+        compute_simple_smooth_scale(model, windows, measure="l1")
