@@ -38,7 +38,7 @@ class Config:
     solver: str = _setting("mm", "R1's and R2's solver: mm (joint), sgd (DartQuant's), adam, cayley or greedy")
     objective: str = _setting("whip", "what a rotation minimises: whip, range, kurtosis, lp or quant_error")
     init_mode: str = _setting("hadamard", "start of R1 and R2: hadamard, random or identity")
-    refine_steps: int = _setting(200, "end-to-end steps of the recipes that refine; 0 leaves them out")
+    refine_steps: int = _setting(200, "steps of an end-to-end stage, in recipes with one; 0 leaves them out")
     use_smooth: bool = _setting(True, "smooth the inputs of o_proj and down_proj")
     smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
     w_bits: int = _setting(4, "bits of weights, 2 to 16; 16 leaves them alone")
@@ -90,7 +90,8 @@ class Recipe:
     weights: str | None = None
     measure: str = "max"  # what smoothing goes by: max or l2
     gptq_inputs: str = "fp"  # or quantised
-    refine: bool = False
+    refine: bool = False  # end to end, before the weights are rounded
+    tune: bool = False  # end to end, after
 
 
 R4, EVERYWHERE = ("down",), ("qkv", "o", "ug", "down")
@@ -104,17 +105,17 @@ RECIPES = {
     "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", R4, (), 0.9, True, "whip"),
     "jointquant": Recipe("JointQuant", "mm", "mm", R4, ("o", "down"), 0.9, True),
     "jointquant-best": Recipe(
-        "JointQuant, best", "mm", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2", "quantised", refine=True
+        "JointQuant, best", "mm", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2", "quantised", True, True
     ),
     "jointquant-online": Recipe(
         "JointQuant, online", None, "mm", ("qkv", "ug", "down"), EVERYWHERE, 0.9, True, "range", "gptq", "l2",
-        "quantised", refine=True,
+        "quantised", True, True,
     ),
 }  # fmt: skip
 
 PROFILES = {
     "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_windows": 4, "refine_steps": 20},
-    "standard": {"nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_windows": 4},
+    "standard": {"nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_windows": 4, "refine_steps": 60},
     "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": None},
 }
 

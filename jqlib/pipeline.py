@@ -16,15 +16,17 @@ from jqlib import models
 from jqlib.activations import Moments, collect_activations
 from jqlib.config import RECIPES, Config, Recipe
 from jqlib.data import get_calibration_data, path_fingerprint
+from jqlib.distill import TOKENS
 from jqlib.evaluate import Perplexity, evaluate_perplexity
 from jqlib.joint import train_r1_joint, train_r2_independent
 from jqlib.models import site_targets
 from jqlib.quant import OFF
 from jqlib.quantize import quantize_model
-from jqlib.refine import TOKENS, Refined, refine
+from jqlib.refine import Refined, refine
 from jqlib.rotation import fuse_layer_norms, rotate_model
 from jqlib.smooth import compute_simple_smooth_scale
 from jqlib.store import artifact, checkpoint, peak_rss_bytes
+from jqlib.tune import tune
 
 
 def load_model(config: Config):
@@ -130,11 +132,9 @@ def refined(config: Config, recipe: Recipe, start: Refined) -> tuple[Refined, di
     depends = _recipe_depends(config, recipe)
 
     def make():
-        tokenizer, wanted = models.get_tokenizer(config.model), -(-config.refine_steps * TOKENS // config.seqlen)
-        windows = get_calibration_data(tokenizer, wanted, config.seqlen, config.calib_dataset, config.seed, least=1)
         state, keep = checkpoint(config.folder, "refined", depends)
         found = refine(
-            load_model(config), windows, start.R1, start.R2, start.smooth_scale, a_clip=recipe.a_clip,
+            load_model(config), _text_for_steps(config), start.R1, start.R2, start.smooth_scale, a_clip=recipe.a_clip,
             o_per_head=recipe.o_per_head, steps=config.refine_steps, seed=config.seed, keep=keep, resume=state,
         )  # fmt: skip
         tensors = {} if found.R1 is None else {"R1 of": found.R1}
@@ -148,6 +148,12 @@ def refined(config: Config, recipe: Recipe, start: Refined) -> tuple[Refined, di
         for field in ("R2", "norm_scale", "smooth_scale")
     }
     return Refined(tensors.get("R1 of"), **fields, clips=values["clips"]), values
+
+
+def _text_for_steps(config: Config) -> Tensor:
+    """As many calibration windows as the steps of an end-to-end stage need, or as there are."""
+    tokenizer, wanted = models.get_tokenizer(config.model), -(-config.refine_steps * TOKENS // config.seqlen)
+    return get_calibration_data(tokenizer, wanted, config.seqlen, config.calib_dataset, config.seed, least=1)
 
 
 def transform(config: Config, recipe: Recipe):
@@ -189,18 +195,21 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
     """
     kv_bits = config.kv_bits if recipe else OFF
     weights = (recipe.weights or config.weights) if recipe and w_bits < OFF else "none"
+    bits = {"weights": weights, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits}
+    tune_steps = config.refine_steps if recipe and recipe.tune and w_bits < OFF else 0
 
     def make():
         model, clips, seconds = _transformed(config, recipe)
         if recipe:
             model = deepcopy(model)
-            calib_data = load_calibration(config) if weights == "gptq" else None
             start = time.perf_counter()
-            quantize_model(
-                model, w_bits, a_bits, config.w_groupsize, weights="rtn" if weights == "none" else weights,
-                kv_bits=kv_bits, calib_data=calib_data, gptq_inputs=recipe.gptq_inputs, a_clip=clips,
-                o_per_head=recipe.o_per_head,
-            )  # fmt: skip
+            clips = _quantise(config, recipe, model, clips, **bits)
+            if tune_steps:
+                state, keep = checkpoint(config.folder, "evaluation", depends)
+                tune(
+                    model, load_model(config), _text_for_steps(config), clips if a_bits < OFF else {},
+                    groupsize=config.w_groupsize, steps=tune_steps, seed=config.seed + 1, keep=keep, resume=state,
+                )  # fmt: skip
             seconds += time.perf_counter() - start
         ppl = evaluate_perplexity(
             model, models.get_tokenizer(config.model), config.device,
@@ -212,10 +221,21 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
         name: getattr(config, name) for name in ("eval_windows", "w_groupsize")
     }
     depends["eval_dataset"] = path_fingerprint(config.eval_dataset or "default")
-    depends |= {"w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits, "weights": weights}
+    depends |= bits | {"tune_steps": tune_steps, "gptq_inputs": recipe.gptq_inputs if weights == "gptq" else None}
     values = artifact(config.folder, "evaluation", depends, make)[1]
-    bits = {"weights": weights, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": kv_bits}
     return bits | {name: value for name, value in values.items() if name != "reused"}
+
+
+def _quantise(config: Config, recipe: Recipe, model, clips, *, weights: str, w_bits: int, a_bits: int, kv_bits: int):
+    """`quantize_model` as recipe and run have it; returns the clips of its sites, tensors that `tune` changes."""
+    clips = clips if isinstance(clips, dict) else dict.fromkeys(site_targets(model), clips)
+    clips = {name: torch.tensor(clip, device=model.device) for name, clip in clips.items()}
+    quantize_model(
+        model, w_bits, a_bits, config.w_groupsize, weights="rtn" if weights == "none" else weights, kv_bits=kv_bits,
+        calib_data=load_calibration(config) if weights == "gptq" else None, gptq_inputs=recipe.gptq_inputs,
+        a_clip=clips, o_per_head=recipe.o_per_head,
+    )  # fmt: skip
+    return clips
 
 
 def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
@@ -243,12 +263,13 @@ def protocol(config: Config) -> dict:
 
 
 def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
-    """What a model under a recipe (None: the FP model) depends on: what the recipe does, whatever it is called."""
+    """What `transform` depends on (recipe None: the FP model): what the recipe does, whatever it is called."""
     if recipe is None:
         return _depends(config) | {"recipe": None}
     names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
     names += ("refine_steps",) if recipe.refine else ()
-    does = {name: value for name, value in vars(recipe).items() if name not in ("label", "weights")}
+    later = ("label", "weights", "gptq_inputs", "tune")
+    does = {name: value for name, value in vars(recipe).items() if name not in later}
     return _depends(config, *names) | {"recipe": does, "objective": recipe.objective or config.objective}
 
 

@@ -57,18 +57,44 @@ def round_symmetric(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     return (x / scale).round_().clamp_(-top, top - 1).mul_(scale)
 
 
-def quantize_activation(x: Tensor, bits: int = 4, clip: float = 1.0, groupsize: int | None = None) -> Tensor:
+def quantize_activation(x: Tensor, bits: int = 4, clip: float | Tensor = 1.0, groupsize: int | None = None) -> Tensor:
     """Dynamic per-token asymmetric rounding: (..., features), dequantised.
 
     Each token (or each ``groupsize`` channels of it) has its own grid of 2^b points over [clip · min, clip · max],
-    0 always among them.
+    0 always among them. Gradients reach ``x``, and ``clip`` where it is a tensor (0-dim).
     """
     groups = x if groupsize is None else x.unflatten(-1, (-1, groupsize))
-    codes, scale = asymmetric_codes(groups.to(torch.promote_types(x.dtype, torch.float32)), bits, clip)
-    return codes.mul_(scale).view(x.shape).to(x.dtype)
+    wide = groups.to(torch.promote_types(x.dtype, torch.float32))
+    return (
+        Rounding.apply(wide, torch.as_tensor(clip, dtype=wide.dtype, device=x.device), bits).view(x.shape).to(x.dtype)
+    )
 
 
-def asymmetric_codes(x: Tensor, bits: int, clip: float = 1.0) -> tuple[Tensor, Tensor]:
+class Rounding(torch.autograd.Function):
+    """(..., n) by `asymmetric_codes`, with straight-through gradients for x and clip (LSQ; Esser et al. 2020)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, clip: Tensor, bits: int) -> Tensor:
+        codes, scale = asymmetric_codes(x, bits, clip)
+        ctx.steps, out = 2**bits - 1, codes.mul_(scale)
+        ctx.save_for_backward(x, out, scale, clip)
+        return out
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        x, out, scale, clip = ctx.saved_tensors
+        error = out - x
+        below, above = error > 0.5001 * scale, error < -0.5001 * scale  # off the grid's ends
+        inside = slope.masked_fill(below | above, 0)
+        width = (inside * error).sum(-1, keepdim=True) / (scale * ctx.steps)
+        low, high = x.min(-1, keepdim=True), x.max(-1, keepdim=True)
+        at_low = ((slope * below).sum(-1, keepdim=True) - width) * (low.values < 0)
+        at_high = ((slope * above).sum(-1, keepdim=True) + width) * (high.values > 0)
+        by_x = inside.scatter_add(-1, low.indices, clip * at_low).scatter_add_(-1, high.indices, clip * at_high)
+        return by_x, (at_low * low.values + at_high * high.values).sum(), None
+
+
+def asymmetric_codes(x: Tensor, bits: int, clip: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """Integer codes of (..., features), the zero point taken off, and their scales (..., 1)."""
     low = x.amin(-1, keepdim=True).clamp_(max=0).mul_(clip)
     high = x.amax(-1, keepdim=True).clamp_(min=0).mul_(clip)

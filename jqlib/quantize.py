@@ -17,6 +17,8 @@ from jqlib.quant import OFF, check_bits, quantize_activation, quantize_weight
 WEIGHTS = ("rtn", "gptq")
 GPTQ_INPUTS = ("fp", "quantised")
 
+Clips = dict[str, float | Tensor]  # by a site's first reader
+
 
 def quantize_model(
     model: nn.Module,
@@ -28,7 +30,7 @@ def quantize_model(
     weights: str = "rtn",
     calib_data: Tensor | None = None,
     gptq_inputs: str = "fp",
-    a_clip: float | dict[str, float] = 1.0,
+    a_clip: float | Clips = 1.0,
     o_per_head: bool = False,
 ) -> None:
     """Quantise all linears of the decoder layers and the activations they read, in place. 16 bits: left alone.
@@ -37,8 +39,8 @@ def quantize_model(
     (windows, seqlen), and makes later weights of a row answer for the rounding of earlier ones (`jqlib.gptq`).
     ``kv_bits``: keys (behind R3) and values (`jqlib.kv_cache`).
     ``gptq_inputs="quantised"``: GPTQ answers for inputs rounded to ``a_bits`` too, its own layer's and those before it.
-    ``a_clip`` shrinks every token's range, at all sites or by a site's first reader; ``o_per_head`` gives o_proj's
-    input a grid a head.
+    ``a_clip`` shrinks every token's range, at all sites or by a site's first reader (0-dim tensors are read at every
+    call: `tune` changes them); ``o_per_head`` gives o_proj's input a grid a head.
 
     Raises ValueError for bits outside 2..16, a group size below 1, a clip outside (0, 1] or GPTQ without
     calibration data; RuntimeError for a model quantised already.
@@ -66,7 +68,7 @@ def quantize_model(
     done(model).add("quantised")
 
 
-def _check(model: nn.Module, w_groupsize: int, clips: dict[str, float], weights: str, gptq_inputs: str) -> None:
+def _check(model: nn.Module, w_groupsize: int, clips: Clips, weights: str, gptq_inputs: str) -> None:
     if w_groupsize < 1:
         raise ValueError(f"w_groupsize={w_groupsize}: a group holds at least 1 weight (128 is usual)")
     if missing := [name for name in site_targets(model) if name not in clips]:
@@ -86,7 +88,7 @@ def _round_to_nearest(model: nn.Module, bits: int, groupsize: int) -> None:
             weight.data = quantize_weight(weight, bits, groupsize).to(weight.dtype)
 
 
-def _round_inputs(model: nn.Module, bits: int, clips: dict[str, float], o_per_head: bool, of_layer: str) -> None:
+def _round_inputs(model: nn.Module, bits: int, clips: Clips, o_per_head: bool, of_layer: str) -> None:
     """From now on the inputs of one layer's sites are rounded."""
     for layer, site in sites_of(model) if bits < OFF else []:
         if layer == of_layer:

@@ -6,25 +6,21 @@ wants rotations trained for activations alone. The model stays in its own basis 
 rounded and turned back, which costs two products with a rotation a site, and no merging of weights at any step.
 """
 
-from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from jqlib.distill import Keep, distill, divergence, low_precision, predictions
 from jqlib.hadamard import hadamard_transform
 from jqlib.models import on_input, site_targets, sites_of
-from jqlib.quant import asymmetric_codes
+from jqlib.quant import quantize_activation
 from jqlib.rotation import fuse_layer_norms
 from jqlib.smooth import expand_to_heads
 
-TOKENS = 512  # a step
-RATES = {"R1": 4e-4, "R2": 8e-4, "scale": 1e-2, "clip": 2e-3}  # Adam's; they fall linearly to 0
-KEEP_EVERY = 25  # steps
+RATES = {"R1": 4e-4, "R2": 8e-4, "scale": 1e-2, "clip": 2e-3}  # Adam's
 
 
 class Refined(NamedTuple):
@@ -47,18 +43,17 @@ def refine(
     a_bits: int = 4,
     a_clip: float = 0.9,
     o_per_head: bool = True,
-    steps: int = 200,
+    steps: int = 100,
     seed: int = 0,
-    keep: Callable[[dict[str, Tensor]], object] | None = None,
+    keep: Keep | None = None,
     resume: dict[str, Tensor] | None = None,
 ) -> Refined:
     """R1, R2, smoothing scales of ``o`` and ``down``, a scale a channel of every norm, and a clip a site, refined.
 
-    ``model``: as loaded; it is copied, not changed. ``windows``: (windows, seqlen) of calibration text, cut into
-    pieces of TOKENS and taken in the order of ``seed``. The rest as `rotate_model` and `quantize_model` take them. R2
-    of every layer is needed, R4 is on; without R1 the sites of norms have a Hadamard transform online, and their scales
-    are in ``smooth_scale``.
-    ``keep`` receives the state every KEEP_EVERY steps, flat tensors by name, and ``resume`` goes on from one.
+    ``model``: as loaded; it is copied, not changed. ``windows``: (windows, seqlen) of calibration text. R1 to
+    ``o_per_head`` as `rotate_model` and `quantize_model` take them, the rest as `distill` does. R2 of every layer is
+    needed, R4 is on; without R1 the sites of norms have a Hadamard transform online, and their scales are in
+    ``smooth_scale``.
 
     Raises ValueError where a layer has no R2, FloatingPointError where the loss is not finite.
     """
@@ -67,26 +62,9 @@ def refine(
     model = working_copy(model, fuse=R1 is not None)
     knobs = _knobs(model, R1, R2, smooth_scale, a_clip)
     simulated = Simulation(model, R1, R2, knobs, a_bits, o_per_head)
-    groups = [{"params": [knob], "kind": name.split()[0]} for name, knob in knobs.items()]
-    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    first = _load(resume, knobs, optimiser) if resume else 0
-    length = min(TOKENS, windows.shape[1])
-    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
-    with tqdm(desc="refining end to end", total=steps, initial=first, unit="step") as bar:
-        for step in range(first, steps):
-            loss = simulated.divergence(pieces[order[step % len(pieces)]][None].to(model.device))
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the loss turned {loss.item()} at refinement step {step}")
-            optimiser.zero_grad()
-            loss.backward()
-            for group in optimiser.param_groups:
-                group["lr"] = RATES[group["kind"]] * min(1, (step + 1) / 5) * (1 - step / steps)
-            optimiser.step()
-            bar.set_postfix(KL=f"{loss.item():.4f}", refresh=False)
-            bar.update()
-            if keep and (step + 1) % KEEP_EVERY == 0:
-                keep(_state(knobs, optimiser, step + 1))
+    distill(
+        knobs, simulated.loss, windows, RATES, label="refining", steps=steps, seed=seed, keep=keep, resume=resume
+    )  # fmt: skip
     return simulated.result()
 
 
@@ -116,19 +94,16 @@ class Simulation:
     def switched(self, change, name: str, x: Tensor) -> Tensor:
         return change(name, x.float()).to(x.dtype) if self.on else x
 
-    def divergence(self, ids: Tensor) -> Tensor:
+    def loss(self, ids: Tensor) -> Tensor:
         """Mean KL (nats a token) from the FP model's predictions on ``ids``, (1, tokens)."""
         if self.R1 is not None:
             self.turned1 = _turned(self.R1.to(self.model.device), self.knobs["R1"])
-        low = next(m for m in self.model.modules() if isinstance(m, nn.Linear)).weight.dtype
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=low == torch.bfloat16):
+        ids = ids.to(self.model.device)
+        with low_precision(self.model.device):
             self.on = False
-            with torch.no_grad():
-                target = self.model(ids, use_cache=False).logits[0].float().softmax(-1)
-                entropy = torch.special.entr(target).sum(-1).mean()
+            target = predictions(self.model, ids)
             self.on = True
-            logits = self.model(ids, use_cache=False).logits[0].float()
-        return F.cross_entropy(logits, target) - entropy
+            return divergence(self.model, ids, target)
 
     def stream(self, name: str, x: Tensor) -> Tensor:
         scale = self.knobs[f"scale {name}"].exp()
@@ -147,7 +122,7 @@ class Simulation:
         return hadamard_transform(self.rounded(name, hadamard_transform(x / scale)), inverse=True) * scale
 
     def rounded(self, name: str, y: Tensor) -> Tensor:
-        return Rounding.apply(y.float(), self.knobs[f"clip {name}"].clamp(max=1), self.bits)
+        return quantize_activation(y.float(), self.bits, self.knobs[f"clip {name}"].clamp(max=1))
 
     @torch.no_grad()
     def result(self) -> Refined:
@@ -162,30 +137,6 @@ class Simulation:
             {name: scale for name, scale in scales.items() if name not in behind_r1},
             {name.split()[1]: min(value.item(), 1.0) for name, value in knobs.items() if name.startswith("clip ")},
         )
-
-
-class Rounding(torch.autograd.Function):
-    """`quantize_activation` of (..., n), with straight-through gradients for x and clip (LSQ; Esser et al. 2020)."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, clip: Tensor, bits: int) -> Tensor:
-        codes, scale = asymmetric_codes(x, bits, clip)
-        ctx.steps, out = 2**bits - 1, codes.mul_(scale)
-        ctx.save_for_backward(x, out, scale, clip)
-        return out
-
-    @staticmethod
-    def backward(ctx, slope: Tensor):
-        x, out, scale, clip = ctx.saved_tensors
-        error = out - x
-        below, above = error > 0.5001 * scale, error < -0.5001 * scale  # off the grid's ends
-        inside = slope.masked_fill(below | above, 0)
-        width = (inside * error).sum(-1, keepdim=True) / (scale * ctx.steps)
-        low, high = x.min(-1, keepdim=True), x.max(-1, keepdim=True)
-        at_low = ((slope * below).sum(-1, keepdim=True) - width) * (low.values < 0)
-        at_high = ((slope * above).sum(-1, keepdim=True) + width) * (high.values > 0)
-        by_x = inside.scatter_add(-1, low.indices, clip * at_low).scatter_add_(-1, high.indices, clip * at_high)
-        return by_x, (at_low * low.values + at_high * high.values).sum(), None
 
 
 def _knobs(model, R1: Tensor | None, R2: dict[str, Tensor], smooth_scale: dict[str, Tensor], a_clip: float):
@@ -203,18 +154,3 @@ def _turned(R: Tensor, generator: Tensor) -> Tensor:
     """R turned by the Cayley transform of a generator's skew part: a rotation again."""
     skew, eye = (generator - generator.mT) / 2, torch.eye(R.shape[-1], device=R.device)
     return torch.linalg.solve(eye + skew, (eye - skew) @ R)
-
-
-def _state(knobs: dict[str, Tensor], optimiser, step: int) -> dict[str, Tensor]:
-    state = {"step": torch.tensor(step)} | {f"value {name}": p.detach() for name, p in knobs.items()}
-    for name, p in knobs.items():
-        state |= {f"{key} {name}": value for key, value in optimiser.state[p].items()}
-    return state
-
-
-def _load(state: dict[str, Tensor], knobs: dict[str, Tensor], optimiser) -> int:
-    for name, p in knobs.items():
-        p.data.copy_(state[f"value {name}"])
-        optimiser.state[p] = {key: state[f"{key} {name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimiser.state[p]["step"] = state[f"step {name}"]
-    return int(state["step"])

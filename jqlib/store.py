@@ -26,7 +26,8 @@ from jqlib.config import ROOT, Config
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "pandas", "matplotlib", "papermill")
 # the modules that decide what an artifact holds; a change of their code makes it anew
 METHOD = ("embedded", "models", "data", "activations", "hadamard", "rotation", "objectives", "solver", "joint",
-          "baselines", "smooth", "quant", "gptq", "kv_cache", "quantize", "refine", "evaluate", "pipeline")  # fmt: skip
+          "baselines", "smooth", "quant", "gptq", "kv_cache", "quantize", "distill", "refine", "tune",
+          "evaluate", "pipeline")  # fmt: skip
 
 Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
 
@@ -45,6 +46,9 @@ def artifact(folder: Path, kind: str, depends: dict, make: Callable[[], Made]) -
     tensors, values = make()
     values |= {"seconds": time.perf_counter() - start}
     _write(path, depends, tensors, values)
+    unfinished = _path(folder, f"unfinished-{kind}", depends)
+    for leftover in (unfinished, unfinished.with_suffix(".safetensors")):
+        leftover.unlink(missing_ok=True)
     return tensors, values | {"reused": False}
 
 

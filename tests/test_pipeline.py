@@ -1,5 +1,7 @@
 """The steps in order, on a model folder and a text file that the tests write."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,6 +51,16 @@ def test_a_refinement_is_kept_whole(config, capsys):
     assert "reusing refined" in capsys.readouterr().out
     assert clips == kept
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in first.named_parameters())
+
+
+def test_tuning_shares_the_refinement_and_leaves_nothing_unfinished(config, monkeypatch):
+    monkeypatch.setattr("jqlib.distill.KEEP_EVERY", 2)
+    tuned = pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)
+    plain = pipeline.evaluate(config, replace(RECIPES["jointquant-best"], tune=False), 4, 4)
+    assert tuned["ppl"] != plain["ppl"]
+    kinds = [path.name.split("-")[0] for path in (config.folder / "artifacts").iterdir()]
+    assert "unfinished" not in kinds
+    assert kinds.count("refined") == 2  # .json and .safetensors: one refinement served both
 
 
 def test_evaluations_are_kept(config, capsys):

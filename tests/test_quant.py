@@ -161,3 +161,20 @@ def test_activations_need_not_be_contiguous(x):
 def test_bits_per_weight():
     assert bits_per_weight(4, 128) == 4.125
     assert bits_per_weight(16, 128) == 16
+
+
+def test_rounding_and_its_slopes():
+    """Slopes are those of a surrogate in which no code flips."""
+    generator = torch.Generator().manual_seed(0)
+    x, slope = (torch.randn(7, 16, generator=generator, dtype=torch.double) for _ in range(2))
+    x, clip = x.requires_grad_(), torch.tensor(0.85, dtype=torch.double, requires_grad=True)
+    rounded = quantize_activation(x, 4, clip)
+    low, high = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip
+    scale = (high - low) / 15
+    code = (x / scale).round() + (-low / scale).round()
+    within = x + scale * ((rounded - x) / scale).detach()
+    surrogate = torch.where(code < 0, low, torch.where(code > 15, high, within))
+    assert (code < 0).any()
+    assert (code > 15).any()
+    expected = torch.autograd.grad(surrogate, (x, clip), slope)
+    torch.testing.assert_close(torch.autograd.grad(rounded, (x, clip), slope), expected)

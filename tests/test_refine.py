@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from jqlib import collect_activations, fuse_layer_norms, quantize_model, refine, rotate_model, site_targets
+from jqlib import collect_activations, distill, fuse_layer_norms, quantize_model, refine, rotate_model, site_targets
 from jqlib.joint import orthogonality_error, train_r1_joint, train_r2_independent
-from jqlib.quant import quantize_activation
-from jqlib.refine import Rounding, Simulation, working_copy
+from jqlib.refine import Simulation, working_copy
 from jqlib.smooth import compute_simple_smooth_scale
 
 HIDDEN, HEADS, KV = 48, 6, 2
@@ -49,24 +48,6 @@ def divergence(model, quantised, ids) -> float:
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
-def test_rounding_and_its_slopes():
-    """The forward pass is the quantiser's; slopes are those of a surrogate in which no code flips."""
-    generator = torch.Generator().manual_seed(0)
-    x, slope = (torch.randn(7, 16, generator=generator, dtype=torch.double) for _ in range(2))
-    x, clip = x.requires_grad_(), torch.tensor(0.85, dtype=torch.double, requires_grad=True)
-    rounded = Rounding.apply(x, clip, 4)
-    torch.testing.assert_close(rounded, quantize_activation(x.detach(), 4, 0.85))
-    low, high = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip
-    scale = (high - low) / 15
-    code = (x / scale).round() + (-low / scale).round()
-    within = x + scale * ((rounded - x) / scale).detach()
-    surrogate = torch.where(code < 0, low, torch.where(code > 15, high, within))
-    assert (code < 0).any()
-    assert (code > 15).any()
-    expected = torch.autograd.grad(surrogate, (x, clip), slope)
-    torch.testing.assert_close(torch.autograd.grad(rounded, (x, clip), slope), expected)
-
-
 @pytest.mark.parametrize("online", [False, True])
 def test_the_simulated_model_is_the_one_that_is_built(start, online):
     model, windows, R1, R2, scales = start(online)
@@ -76,7 +57,7 @@ def test_the_simulated_model_is_the_one_that_is_built(start, online):
     knobs = refine._knobs(again, found.R1, found.R2, found.smooth_scale | found.norm_scale, 0.9)
     knobs |= {f"clip {name}": torch.tensor(clip) for name, clip in found.clips.items()}
     ids = windows[:1]
-    simulated = Simulation(again, found.R1, found.R2, knobs, 4, o_per_head=True).divergence(ids)
+    simulated = Simulation(again, found.R1, found.R2, knobs, 4, o_per_head=True).loss(ids)
     assert simulated.item() == pytest.approx(divergence(model, quantised, ids), rel=0.02)
 
 
@@ -96,7 +77,7 @@ def test_it_gains_on_its_text_and_rotations_stay_rotations(start, online):
 
 
 def test_an_interrupted_one_goes_on_as_if_nothing_had_been(start, monkeypatch):
-    monkeypatch.setattr(refine, "KEEP_EVERY", 2)
+    monkeypatch.setattr(distill, "KEEP_EVERY", 2)
     arguments, kept = start(False), []
     whole = refine.refine(*arguments, steps=5, keep=lambda state: kept.append({k: v.clone() for k, v in state.items()}))
     assert [int(state["step"]) for state in kept] == [2, 4]

@@ -1,0 +1,92 @@
+"""The loop of the two end-to-end stages (`refine`, `tune`): small steps by KL to the FP model's predictions.
+
+SpinQuant (§3.2) learns its rotations end to end by the text's own loss; KL to the FP model's predictions (LLM-QAT,
+Liu et al. 2023) says more of each token.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+TOKENS = 512  # a step
+KEEP_EVERY = 25  # steps
+
+Keep = Callable[[dict[str, Tensor]], object]
+
+
+def distill(
+    knobs: dict[str, Tensor],
+    loss_of: Callable[[Tensor], Tensor],
+    windows: Tensor,
+    rates: dict[str, float],
+    *,
+    label: str,
+    steps: int,
+    seed: int = 0,
+    keep: Keep | None = None,
+    resume: dict[str, Tensor] | None = None,
+) -> None:
+    """Adam on ``knobs``, in place; the first word of a knob's name is its kind, and ``rates`` has that kind's rate.
+
+    ``loss_of``: the loss on token ids, (1, tokens). ``windows``: (windows, seqlen) of calibration text, cut into pieces
+    of TOKENS and taken in the order of ``seed``. Rates rise over 5 steps and fall linearly to 0. ``keep`` receives
+    the state every KEEP_EVERY steps, flat tensors by name, and ``resume`` goes on from one.
+
+    Raises FloatingPointError where the loss is not finite.
+    """
+    groups = [{"params": [knob], "kind": name.split()[0]} for name, knob in knobs.items()]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    first = _load(resume, knobs, optimiser) if resume else 0
+    length = min(TOKENS, windows.shape[1])
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    with tqdm(desc=label, total=steps, initial=first, unit="step") as bar:
+        for step in range(first, steps):
+            loss = loss_of(pieces[order[step % len(pieces)]][None])
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{label}: the loss turned {loss.item()} at step {step}")
+            optimiser.zero_grad()
+            loss.backward()
+            for group in optimiser.param_groups:
+                group["lr"] = rates[group["kind"]] * min(1, (step + 1) / 5) * (1 - step / steps)
+            optimiser.step()
+            bar.set_postfix(KL=f"{loss.item():.4f}", refresh=False)
+            bar.update()
+            if keep and (step + 1) % KEEP_EVERY == 0:
+                keep(_state(knobs, optimiser, step + 1))
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, ids: Tensor) -> Tensor:
+    """The probabilities that ``model`` gives every next token, (tokens, vocabulary), float32."""
+    return model(ids, use_cache=False).logits[0].float().softmax(-1)
+
+
+def divergence(model: nn.Module, ids: Tensor, target: Tensor) -> Tensor:
+    """Mean KL (nats a token) of ``model``'s predictions on ``ids``, (1, tokens), from ``target``, those of another."""
+    logits = model(ids, use_cache=False).logits[0].float()
+    return F.cross_entropy(logits, target) - torch.special.entr(target).sum(-1).mean()
+
+
+def low_precision(device: torch.device) -> torch.autocast:
+    """Products in bfloat16, where the processor multiplies that faster."""
+    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def _state(knobs: dict[str, Tensor], optimiser, step: int) -> dict[str, Tensor]:
+    state = {"step": torch.tensor(step)} | {f"value {name}": p.detach() for name, p in knobs.items()}
+    for name, p in knobs.items():
+        state |= {f"{key} {name}": value for key, value in optimiser.state[p].items()}
+    return state
+
+
+def _load(state: dict[str, Tensor], knobs: dict[str, Tensor], optimiser) -> int:
+    for name, p in knobs.items():
+        p.data.copy_(state[f"value {name}"])
+        optimiser.state[p] = {key: state[f"{key} {name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[p]["step"] = state[f"step {name}"]
+    return int(state["step"])
