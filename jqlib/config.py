@@ -90,11 +90,12 @@ class Recipe:
     weights: str | None = None
     measure: str = "max"  # what smoothing goes by: max or l2
     gptq_inputs: str = "fp"  # or quantised
-    refine: bool = False  # end to end, before the weights are rounded
+    refine: tuple[str, ...] = ()  # what is learned end to end before the weights are rounded
     tune: bool = False  # end to end, after
 
 
 R4, EVERYWHERE = ("down",), ("qkv", "o", "ug", "down")
+ROTATIONS = ("R1", "R2")  # learned by `refine`
 RECIPES = {
     "rtn": Recipe("RTN"),
     "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
@@ -103,13 +104,21 @@ RECIPES = {
     "quip": Recipe("QuIP (Hadamard online everywhere)", online=EVERYWHERE, a_clip=0.9, weights="gptq"),
     "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", R4, (), 0.9, True, "whip"),
     "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", R4, (), 0.9, True, "whip"),
+    "spinquant": Recipe(
+        "SpinQuant (end to end)", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq", refine=ROTATIONS
+    ),
+    "ostquant": Recipe(
+        "OSTQuant-like (end to end, with scales)", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq",
+        refine=(*ROTATIONS, "scale"),
+    ),
     "jointquant": Recipe("JointQuant", "mm", "mm", R4, ("o", "down"), 0.9, True),
     "jointquant-best": Recipe(
-        "JointQuant, best", "mm", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2", "quantised", True, True
+        "JointQuant, best", "mm", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2", "quantised",
+        refine=(*ROTATIONS, "scale", "clip"), tune=True,
     ),
     "jointquant-online": Recipe(
         "JointQuant, online", None, "mm", ("qkv", "ug", "down"), EVERYWHERE, 0.9, True, "range", "gptq", "l2",
-        "quantised", True, True,
+        "quantised", refine=("R2", "scale", "clip"), tune=True,
     ),
 }  # fmt: skip
 

@@ -135,7 +135,8 @@ def refined(config: Config, recipe: Recipe, start: Refined) -> tuple[Refined, di
         state, keep = checkpoint(config.folder, "refined", depends)
         found = refine(
             load_model(config), _text_for_steps(config), start.R1, start.R2, start.smooth_scale, a_clip=recipe.a_clip,
-            o_per_head=recipe.o_per_head, steps=config.refine_steps, seed=config.seed, keep=keep, resume=state,
+            o_per_head=recipe.o_per_head, learn=recipe.refine, steps=config.refine_steps, seed=config.seed, keep=keep,
+            resume=state,
         )  # fmt: skip
         tensors = {} if found.R1 is None else {"R1 of": found.R1}
         for field in ("R2", "norm_scale", "smooth_scale"):

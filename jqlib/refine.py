@@ -43,6 +43,7 @@ def refine(
     a_bits: int = 4,
     a_clip: float = 0.9,
     o_per_head: bool = True,
+    learn: tuple[str, ...] = tuple(RATES),
     steps: int = 100,
     seed: int = 0,
     keep: Keep | None = None,
@@ -53,7 +54,7 @@ def refine(
     ``model``: as loaded; it is copied, not changed. ``windows``: (windows, seqlen) of calibration text. R1 to
     ``o_per_head`` as `rotate_model` and `quantize_model` take them, the rest as `distill` does. R2 of every layer is
     needed, R4 is on; without R1 the sites of norms have a Hadamard transform online, and their scales are in
-    ``smooth_scale``.
+    ``smooth_scale``. ``learn``: which kinds move, of "R1", "R2", "scale" (norms' and smoothing) and "clip".
 
     Raises ValueError where a layer has no R2, FloatingPointError where the loss is not finite.
     """
@@ -62,8 +63,9 @@ def refine(
     model = working_copy(model, fuse=R1 is not None)
     knobs = _knobs(model, R1, R2, smooth_scale, a_clip)
     simulated = Simulation(model, R1, R2, knobs, a_bits, o_per_head)
+    learned = {name: knob for name, knob in knobs.items() if name.split()[0] in learn}
     distill(
-        knobs, simulated.loss, windows, RATES, label="refining", steps=steps, seed=seed, keep=keep, resume=resume
+        learned, simulated.loss, windows, RATES, label="refining", steps=steps, seed=seed, keep=keep, resume=resume
     )  # fmt: skip
     return simulated.result()
 

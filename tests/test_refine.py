@@ -76,6 +76,16 @@ def test_it_gains_on_its_text_and_rotations_stay_rotations(start, online):
     assert set(after.norm_scale) == (set() if online else set(site_targets(model, "qkv", "ug")))
 
 
+def test_only_what_is_to_be_learned_moves(start):
+    model, windows, R1, R2, scales = start(False)
+    found = refine.refine(model, windows, R1, R2, scales, steps=3, learn=("R1", "R2"))
+    assert not torch.allclose(found.R1, R1)
+    for name, scale in found.smooth_scale.items():
+        torch.testing.assert_close(scale, scales[name])
+    assert all((scale == 1).all() for scale in found.norm_scale.values())
+    assert set(found.clips.values()) == {torch.tensor(0.9).item()}
+
+
 def test_an_interrupted_one_goes_on_as_if_nothing_had_been(start, monkeypatch):
     monkeypatch.setattr(distill, "KEEP_EVERY", 2)
     arguments, kept = start(False), []
