@@ -87,6 +87,6 @@ def _state(knobs: dict[str, Tensor], optimiser, step: int) -> dict[str, Tensor]:
 def _load(state: dict[str, Tensor], knobs: dict[str, Tensor], optimiser) -> int:
     for name, p in knobs.items():
         p.data.copy_(state[f"value {name}"])
-        optimiser.state[p] = {key: state[f"{key} {name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
-        optimiser.state[p]["step"] = state[f"step {name}"]
+        optimiser.state[p] = {key: state[f"{key} {name}"].to(p.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[p]["step"] = state[f"step {name}"].clone()
     return int(state["step"])

@@ -153,7 +153,8 @@ def refined(config: Config, recipe: Recipe, start: Refined) -> tuple[Refined, di
 
 def _text_for_steps(config: Config) -> Tensor:
     """As many calibration windows as the steps of an end-to-end stage need, or as there are."""
-    tokenizer, wanted = models.get_tokenizer(config.model), -(-config.refine_steps * TOKENS // config.seqlen)
+    tokenizer, a_window = models.get_tokenizer(config.model), max(1, config.seqlen // TOKENS)
+    wanted = -(-config.refine_steps // a_window)
     return get_calibration_data(tokenizer, wanted, config.seqlen, config.calib_dataset, config.seed, least=1)
 
 
@@ -202,13 +203,14 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
     def make():
         model, clips, seconds = _transformed(config, recipe)
         if recipe:
-            model = deepcopy(model)
+            teacher, model = model, deepcopy(model)  # rotated, it still computes what it did
+            calib_data = load_calibration(config) if weights == "gptq" else None
             start = time.perf_counter()
-            clips = _quantise(config, recipe, model, clips, **bits)
+            clips = _quantise(config, recipe, model, clips, calib_data, **bits)
             if tune_steps:
                 state, keep = checkpoint(config.folder, "evaluation", depends)
                 tune(
-                    model, load_model(config), _text_for_steps(config), clips if a_bits < OFF else {},
+                    model, teacher, _text_for_steps(config), clips if a_bits < OFF else {},
                     groupsize=config.w_groupsize, steps=tune_steps, seed=config.seed + 1, keep=keep, resume=state,
                 )  # fmt: skip
             seconds += time.perf_counter() - start
@@ -227,14 +229,13 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
     return bits | {name: value for name, value in values.items() if name != "reused"}
 
 
-def _quantise(config: Config, recipe: Recipe, model, clips, *, weights: str, w_bits: int, a_bits: int, kv_bits: int):
+def _quantise(config: Config, recipe: Recipe, model, clips, calib_data, *, weights: str, w_bits: int, **bits: int):
     """`quantize_model` as recipe and run have it; returns the clips of its sites, tensors that `tune` changes."""
     clips = clips if isinstance(clips, dict) else dict.fromkeys(site_targets(model), clips)
     clips = {name: torch.tensor(clip, device=model.device) for name, clip in clips.items()}
     quantize_model(
-        model, w_bits, a_bits, config.w_groupsize, weights="rtn" if weights == "none" else weights, kv_bits=kv_bits,
-        calib_data=load_calibration(config) if weights == "gptq" else None, gptq_inputs=recipe.gptq_inputs,
-        a_clip=clips, o_per_head=recipe.o_per_head,
+        model, w_bits, w_groupsize=config.w_groupsize, weights="rtn" if weights == "none" else weights,
+        calib_data=calib_data, gptq_inputs=recipe.gptq_inputs, a_clip=clips, o_per_head=recipe.o_per_head, **bits,
     )  # fmt: skip
     return clips
 

@@ -63,7 +63,7 @@ def refine(
     model = working_copy(model, fuse=R1 is not None)
     knobs = _knobs(model, R1, R2, smooth_scale, a_clip)
     simulated = Simulation(model, R1, R2, knobs, a_bits, o_per_head)
-    learned = {name: knob for name, knob in knobs.items() if name.split()[0] in learn}
+    learned = {name: knob.requires_grad_() for name, knob in knobs.items() if name.split()[0] in learn}
     distill(
         learned, simulated.loss, windows, RATES, label="refining", steps=steps, seed=seed, keep=keep, resume=resume
     )  # fmt: skip
@@ -100,6 +100,7 @@ class Simulation:
         """Mean KL (nats a token) from the FP model's predictions on ``ids``, (1, tokens)."""
         if self.R1 is not None:
             self.turned1 = _turned(self.R1.to(self.model.device), self.knobs["R1"])
+        self.turned2 = {name: _turned(R, self.knobs[f"R2 {name}"]) for name, R in self.R2.items()}
         ids = ids.to(self.model.device)
         with low_precision(self.model.device):
             self.on = False
@@ -112,7 +113,7 @@ class Simulation:
         return self.rounded(name, x @ self.turned1 * scale) / scale @ self.turned1.T
 
     def heads(self, name: str, x: Tensor) -> Tensor:
-        R = _turned(self.R2[name], self.knobs[f"R2 {name}"])  # (kv, d, d)
+        R = self.turned2[name]  # (kv, d, d)
         scale = expand_to_heads(self.model, self.knobs[f"scale {name}"].exp(), x.shape[-1])
         y = (x / scale).unflatten(-1, (len(R), -1, R.shape[-1]))  # (..., kv, group, d)
         y = torch.einsum("...kgd,kde->...kge", y, R)
@@ -149,7 +150,7 @@ def _knobs(model, R1: Tensor | None, R2: dict[str, Tensor], smooth_scale: dict[s
         features = R2[name][..., 0].numel() if name in R2 else model.get_submodule(name).in_features
         knobs[f"scale {name}"] = smooth_scale[name].log() if name in smooth_scale else torch.zeros(features)
         knobs[f"clip {name}"] = torch.tensor(a_clip)
-    return {name: value.to(model.device).requires_grad_() for name, value in knobs.items()}
+    return {name: value.to(model.device) for name, value in knobs.items()}
 
 
 def _turned(R: Tensor, generator: Tensor) -> Tensor:

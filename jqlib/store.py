@@ -107,11 +107,9 @@ def save_results(config: Config, notebook: str, metrics: dict) -> Path:
     return path
 
 
-def save_figure(config: Config, figure, name: str) -> Path:
+def save_figure(config: Config, figure, name: str) -> None:
     """Write a matplotlib figure to ``figures/<name>.png``."""
-    path = config.folder / "figures" / f"{name}.png"
-    write(path, lambda to: figure.savefig(to, format="png"))
-    return path
+    write(config.folder / "figures" / f"{name}.png", lambda to: figure.savefig(to, format="png"))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -29,7 +29,7 @@ def tune(
     keep: Keep | None = None,
     resume: dict[str, Tensor] | None = None,
 ) -> None:
-    """Tune a quantised ``model`` in place, towards the predictions of ``teacher``, the FP model.
+    """Tune a ``model`` of rounded weights in place, towards the predictions of ``teacher``, which may be rotated.
 
     ``clips``: the 0-dim float32 tensors that `quantize_model` was given as ``a_clip`` (none: activations are not
     rounded); they change in place. ``groupsize``: that of the weights. The rest as `distill` takes them.
@@ -46,14 +46,14 @@ def tune(
     for name, factor in factors.items():
         parametrize.register_parametrization(model.get_submodule(name), "weight", factor)
     try:
-        loss_of = partial(_loss, model, teacher)
+        loss_of = partial(_loss, model, teacher, clips)
         distill(knobs, loss_of, windows, RATES, label="tuning", steps=steps, seed=seed, keep=keep, resume=resume)
     finally:
         for name in factors:
             parametrize.remove_parametrizations(model.get_submodule(name), "weight")
         model.requires_grad_(False)
         for clip in clips.values():
-            clip.requires_grad_(False)
+            clip.requires_grad_(False).clamp_(max=1)
 
 
 class Factor(nn.Module):
@@ -78,7 +78,9 @@ def _tuned(model: nn.Module, groupsize: int) -> dict[str, int]:
     return names
 
 
-def _loss(model: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
+def _loss(model: nn.Module, teacher: nn.Module, clips: dict[str, Tensor], ids: Tensor) -> Tensor:
+    for clip in clips.values():
+        clip.data.clamp_(max=1)
     ids = ids.to(model.device)
     with low_precision(model.device):
         return divergence(model, ids, predictions(teacher, ids))

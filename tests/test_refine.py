@@ -91,7 +91,8 @@ def test_an_interrupted_one_goes_on_as_if_nothing_had_been(start, monkeypatch):
     arguments, kept = start(False), []
     whole = refine.refine(*arguments, steps=5, keep=lambda state: kept.append({k: v.clone() for k, v in state.items()}))
     assert [int(state["step"]) for state in kept] == [2, 4]
-    resumed = refine.refine(*arguments, steps=5, resume=kept[0])
+    resumed = refine.refine(*arguments, steps=5, resume=kept[0], keep=kept.append)
+    assert len(kept) == 3  # the second time from step 2 on
     torch.testing.assert_close(resumed.R1, whole.R1, rtol=0, atol=0)
     assert resumed.clips == whole.clips
 

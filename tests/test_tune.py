@@ -76,7 +76,8 @@ def test_an_interrupted_one_goes_on_as_if_nothing_had_been(quantised, tiny_model
     (whole, clips), (resumed, clips_again) = quantised(), quantised()
     keep = lambda state: kept.append({k: v.clone() for k, v in state.items()})  # noqa: E731
     tune(whole, teacher, windows, clips, groupsize=20, steps=5, keep=keep)
-    tune(resumed, teacher, windows, clips_again, groupsize=20, steps=5, resume=kept[0])
+    tune(resumed, teacher, windows, clips_again, groupsize=20, steps=5, keep=keep, resume=kept[0])
+    assert [int(state["step"]) for state in kept] == [2, 4, 4]  # the second time from step 2 on
     assert all(torch.equal(p, resumed.get_parameter(name)) for name, p in whole.named_parameters())
     assert clips == clips_again
 
