@@ -177,10 +177,11 @@ def intervals(
     """``ppl`` with [``ppl_low``, ``ppl_high``] a row of ``label``, one colour a value of ``groups``; a line at FP."""
     names = list(dict.fromkeys(table[label]))
     kinds = list(dict.fromkeys(table[groups]))
+    apart = 0.22 if table[label].duplicated().any() else 0
     with styled():
         figure, axis = plt.subplots(figsize=(8, 0.55 + 0.42 * len(names) + 0.3 * len(kinds)))
         for i, (kind, rows) in enumerate((k, table[table[groups] == k]) for k in kinds):
-            y = np.array([names.index(n) for n in rows[label]]) + 0.22 * (i - (len(kinds) - 1) / 2)
+            y = np.array([names.index(n) for n in rows[label]]) + apart * (i - (len(kinds) - 1) / 2)
             error = [rows.ppl - rows.ppl_low, rows.ppl_high - rows.ppl]
             axis.errorbar(rows.ppl, y, xerr=error, fmt="o", capsize=3, label=kind)
         if line:
@@ -194,7 +195,8 @@ def intervals(
             ylabel=label,
             ylim=(len(names) - 0.4, -1),
         )
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=len(kinds))
+        _plain_decades(axis)
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=min(len(kinds), 4))
         return figure
 
 
@@ -210,8 +212,13 @@ def waterfall(costs: Mapping[str, float], xlabel: str) -> Figure:
         for name, value in zip(names, values, strict=True):
             axis.text(value * 0.96, name, f"{value:.2f}", va="center", ha="right")
         axis.set(xscale="log", xlabel=xlabel, xlim=(values.min() * 0.7, values.max() * 1.1))
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        _plain_decades(axis)
         axis.invert_yaxis()
         return figure
+
+
+def _plain_decades(axis) -> None:
+    """1, 2, 5, 10, … along a logarithmic x axis."""
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
