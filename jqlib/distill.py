@@ -73,8 +73,11 @@ def divergence(model: nn.Module, ids: Tensor, target: Tensor) -> Tensor:
 
 def low_precision(device: torch.device) -> torch.autocast:
     """Products in bfloat16, where the processor multiplies that faster."""
-    fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16_is_faster(device))
+
+
+def bfloat16_is_faster(device: torch.device) -> bool:
+    return device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 def _state(knobs: dict[str, Tensor], optimiser, step: int) -> dict[str, Tensor]:

@@ -65,9 +65,8 @@ def quantize_activation(x: Tensor, bits: int = 4, clip: float | Tensor = 1.0, gr
     """
     groups = x if groupsize is None else x.unflatten(-1, (-1, groupsize))
     wide = groups.to(torch.promote_types(x.dtype, torch.float32))
-    return (
-        Rounding.apply(wide, torch.as_tensor(clip, dtype=wide.dtype, device=x.device), bits).view(x.shape).to(x.dtype)
-    )
+    clip = torch.as_tensor(clip, dtype=wide.dtype, device=x.device)
+    return Rounding.apply(wide, clip, bits).view(x.shape).to(x.dtype)
 
 
 class Rounding(torch.autograd.Function):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jqlib.distill import Keep, distill, divergence, low_precision, predictions
+from jqlib.distill import Keep, bfloat16_is_faster, distill, divergence, low_precision, predictions
 from jqlib.hadamard import hadamard_transform
 from jqlib.models import on_input, site_targets, sites_of
 from jqlib.quant import quantize_activation
@@ -75,7 +75,7 @@ def working_copy(model: nn.Module, fuse: bool) -> nn.Module:
     model = deepcopy(model)
     if fuse:
         fuse_layer_norms(model)
-    if model.device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16"):
+    if bfloat16_is_faster(model.device):
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 module.bfloat16()

@@ -32,21 +32,7 @@ def test_activations_come_in_the_models_order_made_or_reused(config):
     assert all(torch.equal(made[name], reused[name]) for name in made)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "rtn",
-        "smoothquant",
-        "quarot",
-        "quip",
-        "dartquant-r2",
-        "spinquant",
-        "ostquant",
-        "jointquant",
-        "jointquant-best",
-        "jointquant-online",
-    ],
-)
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_keeps_the_model_until_it_rounds(config, name):
     ids = pipeline.load_calibration(config)[:1, :64]
     expected = pipeline.load_model(config)(ids).logits

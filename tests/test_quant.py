@@ -164,11 +164,12 @@ def test_bits_per_weight():
 
 
 def test_rounding_and_its_slopes():
-    """Slopes are those of a surrogate in which no code flips."""
+    """A clip that learns rounds as a number does; slopes are those of a surrogate in which no code flips."""
     generator = torch.Generator().manual_seed(0)
     x, slope = (torch.randn(7, 16, generator=generator, dtype=torch.double) for _ in range(2))
     x, clip = x.requires_grad_(), torch.tensor(0.85, dtype=torch.double, requires_grad=True)
     rounded = quantize_activation(x, 4, clip)
+    torch.testing.assert_close(rounded, quantize_activation(x.detach(), 4, 0.85))
     low, high = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip
     scale = (high - low) / 15
     code = (x / scale).round() + (-low / scale).round()
