@@ -63,8 +63,9 @@ def peak_bytes(config: Config) -> int:
 
 
 def _without_weights(config: Config) -> nn.Module:
+    shape = load_config(config.model)  # may have to convert a GGUF: not on the meta device
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(config.model))
+        return AutoModelForCausalLM.from_config(shape)
 
 
 def _working_memory(config: Config, model: nn.Module) -> tuple[int, int]:

