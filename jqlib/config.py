@@ -89,7 +89,7 @@ class Recipe:
     objective: str | None = None  # None: the run's
     weights: str | None = None
     measure: str = "max"  # what smoothing goes by: max or l2
-    gptq_inputs: str = "fp"  # or quantised
+    gptq_inputs: str = "fp"  # or quantised, or corrected
     refine: tuple[str, ...] = ()  # what is learned end to end before the weights are rounded
     tune: bool = False  # end to end, after
 
@@ -101,6 +101,9 @@ RECIPES = {
     "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
     "quarot": Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", R4, a_clip=0.9),
     "quarot-best": Recipe("QuaRot, best", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq"),
+    "quarot-tuned": Recipe(
+        "QuaRot, best, tuned", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq", tune=True
+    ),
     "quip": Recipe("QuIP (Hadamard online everywhere)", online=EVERYWHERE, a_clip=0.9, weights="gptq"),
     "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", R4, (), 0.9, True, "whip"),
     "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", R4, (), 0.9, True, "whip"),

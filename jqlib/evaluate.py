@@ -1,5 +1,7 @@
 """Perplexity with an interval."""
 
+import time
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,8 @@ ROWS = 256  # tokens whose logits are turned into probabilities at a time
 
 
 class Perplexity(float):
-    """A perplexity that carries its evidence: ``nll`` (mean nats a token, one entry a window), ``low``, ``high``.
+    """A perplexity that carries its evidence: ``nll`` (mean nats a token, one entry a window), ``low``, ``high``,
+    and ``seconds``, what reading the windows took.
 
     [low, high] is the 95% bootstrap interval over windows: how much the number would move on other text of
     the same kind. Two settings on the same windows differ far less: compare them with `paired_interval`.
@@ -21,16 +24,18 @@ class Perplexity(float):
     nll: list[float]
     low: float
     high: float
+    seconds: float
 
-    def __new__(cls, nll: list[float]):
+    def __new__(cls, nll: list[float], seconds: float = 0.0):
         value = sum(nll) / len(nll)
         low, high = _bootstrap(torch.tensor(nll, dtype=torch.double))
         self = super().__new__(cls, _exp(value))
         self.nll, self.low, self.high = nll, min(_exp(low), self), max(_exp(high), self)
+        self.seconds = seconds
         return self
 
     def __getnewargs__(self):
-        return (self.nll,)
+        return self.nll, self.seconds
 
     def __repr__(self) -> str:
         return f"{float(self):.2f} [{self.low:.2f}, {self.high:.2f}]"
@@ -61,7 +66,9 @@ def evaluate_perplexity(
     """
     windows = get_evaluation_windows(tokenizer, dataset, seqlen, max_windows)
     device = device or model.device
-    return Perplexity([window_nll(model, window.to(device)) for window in tqdm(windows, "perplexity", unit="window")])
+    start = time.perf_counter()
+    nll = [window_nll(model, window.to(device)) for window in tqdm(windows, "perplexity", unit="window")]
+    return Perplexity(nll, time.perf_counter() - start)
 
 
 @torch.inference_mode()

@@ -3,11 +3,13 @@
 A linear's output error on calibration inputs X is tr(ΔW H ΔWᵀ) with H = XᵀX. Columns are taken in the order
 of falling H_jj; groups keep their place and their scale is chosen beforehand (static groups). Layer by layer: each
 layer's inputs come from the layers before it, quantised already. One layer's Hessians are in memory at a time, beside
-the hidden states of all calibration windows.
+the hidden states of all calibration windows. Weights may answer for the rounding of inputs too (`corrected`).
 """
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from jqlib.quant import column_scales, quantize_weight, round_symmetric
 log = logging.getLogger(__name__)
 
 DAMPING = 0.01  # of H's mean diagonal, added to it
+PRIOR = 30  # tokens
 BLOCK = 32  # columns whose error is passed on together
 
 
@@ -29,26 +32,38 @@ def quantize_weights_gptq(
     groupsize: int = 128,
     *,
     before: Callable[[str], object] | None = None,
+    correct: bool = False,
 ) -> None:
     """Round the weights of all decoder layers in place, on the inputs they see as the model stands.
 
     ``calib_data``: token windows, (windows, seqlen). A rotated model is calibrated rotated, R4 included.
     ``before``: called with a layer's name when its turn comes, such as to have its inputs rounded from then on.
+    ``correct``: weights aim at the outputs of the model without any rounding (`corrected`), site after site: a site's
+    inputs come through all sites before it, those of its own layer too, as they ended.
     """
     sites = family_of(model).sites
     hidden, kwargs = _first_inputs(model, calib_data)
+    exact = list(hidden)  # the same in the model without rounding
     for name, layer in tqdm(list(layers_of(model)), "GPTQ", unit="layer"):
+        plain = deepcopy(layer) if correct else None
         if before:
             before(name)
-        hessians = _hessians(layer, sites, hidden, kwargs)
-        for site in sites:
-            linears = [layer.get_submodule(reader) for reader in site.readers]
-            stacked = torch.cat([linear.weight.data for linear in linears])  # they share their input
-            rounded = gptq(stacked, hessians[site.name], bits, groupsize, name=f"{name}.{site.readers[0]}")
-            for linear, rows in zip(linears, rounded.split([len(linear.weight) for linear in linears]), strict=True):
-                linear.weight.data = rows.to(linear.weight.dtype)
+        for group in [[site] for site in sites] if correct else [sites]:
+            hessians, errors = _statistics(layer, plain, group, hidden, exact, kwargs)
+            for site in group:
+                weights = [layer.get_submodule(reader).weight for reader in site.readers]
+                stacked, H = (
+                    torch.cat([weight.data for weight in weights]),
+                    hessians[site.name],
+                )  # they share their input
+                if correct:
+                    stacked = corrected(stacked, H, errors[site.name], calib_data.numel())
+                rounded = gptq(stacked, H, bits, groupsize, name=f"{name}.{site.readers[0]}")
+                for weight, rows in zip(weights, rounded.split([len(w) for w in weights]), strict=True):
+                    weight.data = rows.to(weight.dtype)
         for i, x in enumerate(hidden):
             hidden[i] = _run(layer, x, kwargs)
+            exact[i] = _run(plain, exact[i], kwargs) if plain else exact[i]
 
 
 def gptq(weight: Tensor, hessian: Tensor, bits: int = 4, groupsize: int = 128, *, name: str = "a weight") -> Tensor:
@@ -67,6 +82,18 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int = 4, groupsize: int = 128, *
     # a difference of two squares needs one product with H
     worse = (((rounded - nearest) @ hessian) * (rounded + nearest - 2 * weight)).sum(1) > 0
     return torch.where(worse[:, None], nearest, rounded)
+
+
+def corrected(weight: Tensor, hessian: Tensor, error: Tensor, tokens: int) -> Tensor:
+    """The weight that makes of rounded inputs X̂ what ``weight`` (out, in) makes of exact ones X, by least squares.
+
+    ``hessian``: X̂ᵀX̂, ``error``: (X − X̂)ᵀX̂, both (in, in), over so many ``tokens``. ‖XWᵀ − X̂Qᵀ‖² is least where
+    ‖X̂(W* − Q)ᵀ‖² is, W* = W + W (X − X̂)ᵀX̂ (X̂ᵀX̂)⁻¹: GPTQ on W* solves what GPTAQ (Li et al. 2025) and Qronos (Zhang
+    et al. 2025) approximate column by column. A ridge of PRIOR tokens of average energy keeps it from learning noise.
+    """
+    H = hessian.double()
+    H = H + PRIOR * H.trace() / tokens * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return weight + torch.linalg.solve(H, (weight.double() @ error.double()).mT).mT.to(weight.dtype)
 
 
 def _columns(weight: Tensor, scale: Tensor, inverse: Tensor, bits: int) -> Tensor:
@@ -103,7 +130,7 @@ def _inverse_cholesky(hessian: Tensor, name: str) -> Tensor:
 
 
 class _Stop(Exception):
-    """The first layer's inputs are all that is wanted."""
+    """All that was wanted has been seen."""
 
 
 def _first_inputs(model: nn.Module, windows: Tensor) -> tuple[list[Tensor], dict]:
@@ -129,27 +156,49 @@ def _first_inputs(model: nn.Module, windows: Tensor) -> tuple[list[Tensor], dict
     return hidden, common
 
 
-def _hessians(layer: nn.Module, sites, hidden: list[Tensor], kwargs: dict) -> dict[str, Tensor]:
-    """XᵀX of each site's input over all windows, behind the hooks that are there already."""
-    sums: dict[str, Tensor] = {}
+def _statistics(layer: nn.Module, plain: nn.Module | None, sites, hidden, exact, kwargs: dict):
+    """Of each site's input X̂ over all windows, behind the hooks that are there already: X̂ᵀX̂ and (X − X̂)ᵀX̂.
 
-    def add(name: str, x: Tensor) -> None:
-        x = x.flatten(0, -2).float()
-        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+    X is what ``plain``, the layer without rounding, makes of ``exact``; where it is None, there is no second.
+    """
+    hessians: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
+    for x, unrounded in zip(hidden, exact, strict=True):
+        wanted = _inputs(plain, sites, unrounded, kwargs) if plain else {}
+        for name, found in _inputs(layer, sites, x, kwargs).items():
+            _add_product(hessians, name, found, found)
+            if plain:
+                _add_product(errors, name, wanted[name] - found, found)
+    return hessians, errors
+
+
+def _add_product(sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
+    sums[name] = sums[name].addmm_(a.T, b) if name in sums else a.T @ b
+
+
+@torch.inference_mode()
+def _inputs(layer: nn.Module, sites, x: Tensor, kwargs: dict) -> dict[str, Tensor]:
+    """What sites read in a layer that is given x: (tokens, features) each, float32."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> None:
+        found[name] = x.flatten(0, -2).float()
+        if len(found) == len(sites):
+            raise _Stop
 
     handles = [
         layer.get_submodule(site.readers[0]).register_forward_pre_hook(
-            lambda _, args, name=site.name: add(name, args[0])
+            lambda _, args, name=site.name: keep(name, args[0])
         )
         for site in sites
     ]
     try:
-        for x in hidden:
-            _run(layer, x, kwargs)
+        with suppress(_Stop):
+            layer(x, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    return sums
+    return found
 
 
 @torch.inference_mode()

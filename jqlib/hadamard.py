@@ -45,6 +45,11 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
     return y.reshape(x.shape).to(x.dtype)
 
 
+def transform_operations(n: int) -> int:
+    """Multiply-adds of `hadamard_transform` for one token of n channels."""
+    return n * sum(factors(n))
+
+
 def random_hadamard(n: int, seed: int) -> Tensor:
     """A random orthogonal Hadamard rotation: float32, (n, n), rows of H/√n with random signs (QuaRot §3)."""
     signs = torch.randint(0, 2, (n, 1), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1

@@ -23,7 +23,7 @@ from jqlib.models import site_targets
 from jqlib.quant import OFF
 from jqlib.quantize import quantize_model
 from jqlib.refine import Refined, refine
-from jqlib.rotation import fuse_layer_norms, rotate_model
+from jqlib.rotation import fuse_layer_norms, online_operations, rotate_model
 from jqlib.smooth import compute_simple_smooth_scale
 from jqlib.store import artifact, checkpoint, peak_rss_bytes
 from jqlib.tune import tune
@@ -218,7 +218,10 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
             model, models.get_tokenizer(config.model), config.device,
             dataset=config.eval_dataset, seqlen=config.seqlen, max_windows=config.eval_windows,
         )  # fmt: skip
-        return {}, _row(ppl) | {"calibration_seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+        online = online_operations(model, recipe.online if recipe else ())
+        return {}, _row(ppl, config.seqlen) | {
+            "calibration_seconds": seconds, "online_operations": online, "peak_rss_bytes": peak_rss_bytes(),
+        }  # fmt: skip
 
     depends = _recipe_depends(config, recipe) | {
         name: getattr(config, name) for name in ("eval_windows", "w_groupsize")
@@ -279,8 +282,9 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
 
 
-def _row(ppl: Perplexity) -> dict:
-    return {"ppl": float(ppl), "ppl_low": ppl.low, "ppl_high": ppl.high, "nll": ppl.nll}
+def _row(ppl: Perplexity, seqlen: int) -> dict:
+    speed = len(ppl.nll) * seqlen / ppl.seconds
+    return {"ppl": float(ppl), "ppl_low": ppl.low, "ppl_high": ppl.high, "nll": ppl.nll, "tokens_a_second": speed}
 
 
 def _training(history: list[dict], collect_seconds: float) -> dict:

@@ -15,7 +15,7 @@ from jqlib.models import begin, done, head_dim_of, layers_of, on_input, site_tar
 from jqlib.quant import OFF, check_bits, quantize_activation, quantize_weight
 
 WEIGHTS = ("rtn", "gptq")
-GPTQ_INPUTS = ("fp", "quantised")
+GPTQ_INPUTS = ("fp", "quantised", "corrected")
 
 Clips = dict[str, float | Tensor]  # by a site's first reader
 
@@ -55,9 +55,16 @@ def quantize_model(
     if kv_bits < OFF:
         factors(head_dim_of(model))  # raises where no Hadamard matrix has that size
     round_inputs = partial(_round_inputs, model, a_bits, clips, o_per_head)
-    inputs_first = gptq and gptq_inputs == "quantised"
+    inputs_first = gptq and gptq_inputs != "fp"
     if gptq:
-        quantize_weights_gptq(model, calib_data, w_bits, w_groupsize, before=round_inputs if inputs_first else None)
+        quantize_weights_gptq(
+            model,
+            calib_data,
+            w_bits,
+            w_groupsize,
+            before=round_inputs if inputs_first else None,
+            correct=gptq_inputs == "corrected",
+        )
     elif w_bits < OFF:
         _round_to_nearest(model, w_bits, w_groupsize)
     if not inputs_first:

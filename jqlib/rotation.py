@@ -7,7 +7,7 @@ transform of down_proj's input, runs online, and so may one at any other site (Q
 import torch
 from torch import Tensor, nn
 
-from jqlib.hadamard import factors, hadamard_transform
+from jqlib.hadamard import factors, hadamard_transform, transform_operations
 from jqlib.joint import orthogonality_error
 from jqlib.models import begin, done, family_of, head_dim_of, layers_of, on_input, sites_of
 from jqlib.smooth import apply_smoothing
@@ -81,6 +81,17 @@ def rotate_model(
     for layer, site in sites:
         _rotate_online(model, layer, site)
     done(model).add("rotated")
+
+
+def online_operations(model: nn.Module, online: tuple[str, ...]) -> float:
+    """Multiply-adds of the online transforms at these sites, as a share of those of all the decoder layers' linears."""
+    widths = [
+        model.get_submodule(f"{layer}.{site.readers[0]}").in_features
+        for layer, site in sites_of(model)
+        if site.name in online
+    ]
+    linears = [model.get_submodule(f"{layer}.{reader}") for layer, site in sites_of(model) for reader in site.readers]
+    return sum(map(transform_operations, widths)) / sum(linear.weight.numel() for linear in linears)
 
 
 def _untie(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from jqlib.gptq import _inverse_cholesky, gptq, quantize_weights_gptq
+from jqlib.gptq import _inverse_cholesky, corrected, gptq, quantize_weights_gptq
 from jqlib.models import sites_of
 from jqlib.quant import grouped, quantize_activation, quantize_weight, weight_scale
 from jqlib.quantize import quantize_model
@@ -134,6 +134,61 @@ def test_hessians_of_inputs_that_will_be_rounded(tiny_model, tokens):
         X = quantize_activation(torch.cat(inputs), 4, 0.9)
         name = f"model.layers.{layer}.self_attn.v_proj.weight"
         torch.testing.assert_close(model.get_parameter(name), gptq(target.weight, X.T @ X, 4, 16))
+
+
+def rounded_problem():
+    """A weight, exact inputs whose energy lies in few directions, and the same in 3 bits."""
+    generator = torch.Generator().manual_seed(0)
+    energy = torch.logspace(0, -1.5, 20)
+    X = (torch.randn(400, 20, generator=generator) * energy) @ torch.randn(20, 20, generator=generator)
+    return torch.randn(5, 20, generator=generator), X, quantize_activation(X, 3)
+
+
+def test_corrected_weights_are_the_least_squares_solution(monkeypatch):
+    W, X, Xq = rounded_problem()
+    monkeypatch.setattr("jqlib.gptq.PRIOR", 0)
+    found = corrected(W, Xq.T @ Xq, (X - Xq).T @ Xq, len(X))
+    expected = torch.linalg.lstsq(Xq.double(), X.double() @ W.T.double()).solution.T
+    torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_prior_holds_a_correction_back(monkeypatch):
+    """Few tokens teach noise: with the prior the correction is smaller, and better on other tokens."""
+    W, X, Xq = rounded_problem()
+    seen, later = slice(0, 30), slice(30, None)
+    H, E = Xq[seen].T @ Xq[seen], (X - Xq)[seen].T @ Xq[seen]
+    with_prior = corrected(W, H, E, 30)
+    monkeypatch.setattr("jqlib.gptq.PRIOR", 0)
+    without = corrected(W, H, E, 30)
+    assert 0 < (with_prior - W).norm() < (without - W).norm()
+
+    def error(weight):
+        return (Xq[later] @ weight.T - X[later] @ W.T).square().mean()
+
+    assert error(with_prior) < min(error(without), error(W))
+
+
+@torch.inference_mode()
+def test_correction_goes_site_by_site(tiny_model, tokens):
+    """o_proj of layer 1 aims at the FP model's outputs, on rounded inputs that came through rounded q, k, v."""
+    model, windows = tiny_model(seed=1), tokens(4, 64)
+    before, target = copy.deepcopy(model), "model.layers.1.self_attn.o_proj"
+    quantize_model(model, 4, 4, 16, weights="gptq", calib_data=windows, gptq_inputs="corrected", a_clip=0.9)
+
+    def inputs_of(whole):
+        found = []
+        handle = whole.get_submodule(target).register_forward_pre_hook(
+            lambda _, args: found.append(args[0].flatten(0, -2))
+        )
+        for window in windows:
+            whole(window[None])
+        handle.remove()
+        return torch.cat(found)
+
+    X, Xq = inputs_of(before), inputs_of(model)
+    W = before.get_submodule(target).weight
+    expected = gptq(corrected(W, Xq.T @ Xq, (X - Xq).T @ Xq, windows.numel()), Xq.T @ Xq, 4, 16)
+    torch.testing.assert_close(model.get_submodule(target).weight, expected)
 
 
 @torch.inference_mode()

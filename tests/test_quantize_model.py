@@ -107,7 +107,7 @@ def test_bfloat16_stays(tiny_model, tokens):
     ({"a_clip": 1.5}, "a_clip=1.5"),
     ({"a_clip": torch.nan}, "a_clip=nan"),
     ({"a_clip": {"model.layers.0.self_attn.q_proj": 0.9}}, "a_clip has no entry for model.layers.0.self_attn.o_proj"),
-    ({"gptq_inputs": "int4"}, "gptq_inputs='int4' is unknown; there are fp, quantised"),
+    ({"gptq_inputs": "int4"}, "gptq_inputs='int4' is unknown; there are fp, quantised, corrected"),
 ])  # fmt: skip
 def test_bad_settings_leave_the_model_alone(tiny_model, arguments, message):
     model = tiny_model()

@@ -2,13 +2,14 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from jqlib.activations import collect_activations
 from jqlib.hadamard import hadamard_matrix, random_hadamard
 from jqlib.models import done, site_targets
 from jqlib.quantize import quantize_model
-from jqlib.rotation import fuse_layer_norms, rotate_model
+from jqlib.rotation import fuse_layer_norms, online_operations, rotate_model
 from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
 
 HIDDEN, KV, D = 48, 2, 8
@@ -44,6 +45,19 @@ def test_logits_survive(tiny_model, tokens, orthogonal, double_norms, dtype, tol
     touched = {"r1": stream, "r2": {"v_proj", "o_proj"}, "smooth": {"v_proj", "o_proj", "up_proj", "down_proj"},
                "r4": {"down_proj"}}  # fmt: skip
     assert changed == set().union(*(touched[part] for part in parts.split()))
+
+
+@pytest.mark.parametrize("online", [(), ("down",), ("qkv", "o", "ug", "down")])
+def test_the_cost_of_online_transforms_is_what_torch_counts(tiny_model, tokens, online):
+    model, counted = tiny_model(), {}
+    linears = sum(m.weight.numel() for name, m in model.named_modules() if name.endswith("_proj"))
+    for when in ("before", "after"):
+        with FlopCounterMode(display=False) as counter:
+            logits(model, tokens())
+        counted[when] = counter.get_total_flops() / 2 / tokens().numel()  # a multiply-add is two
+        if when == "before":
+            rotate_model(model, None, r4=False, online=online)
+    assert online_operations(model, online) * linears == pytest.approx(counted["after"] - counted["before"])
 
 
 @pytest.mark.parametrize("fused", [False, True])
