@@ -25,6 +25,7 @@ test-browser: .venv/made
 bench: .venv/made
 	$(BIN)/python tests/bench/solvers.py
 	$(BIN)/python tests/bench/cost.py
+	$(BIN)/python tests/bench/speed.py
 
 lab: .venv/made
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab $(NOTEBOOKS)
