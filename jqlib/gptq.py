@@ -21,7 +21,7 @@ from jqlib.quant import column_scales, quantize_weight, round_symmetric
 log = logging.getLogger(__name__)
 
 DAMPING = 0.01  # of H's mean diagonal, added to it
-PRIOR = 30  # tokens
+PRIOR = 30  # tokens of average energy that say, in every direction, that a weight is right as it is
 BLOCK = 32  # columns whose error is passed on together
 
 
@@ -88,11 +88,12 @@ def corrected(weight: Tensor, hessian: Tensor, error: Tensor, tokens: int) -> Te
     """The weight that makes of rounded inputs X̂ what ``weight`` (out, in) makes of exact ones X, by least squares.
 
     ``hessian``: X̂ᵀX̂, ``error``: (X − X̂)ᵀX̂, both (in, in), over so many ``tokens``. ‖XWᵀ − X̂Qᵀ‖² is least where
-    ‖X̂(W* − Q)ᵀ‖² is, W* = W + W (X − X̂)ᵀX̂ (X̂ᵀX̂)⁻¹: GPTQ on W* solves what GPTAQ (Li et al. 2025) and Qronos (Zhang
-    et al. 2025) approximate column by column. A ridge of PRIOR tokens of average energy keeps it from learning noise.
+    ‖X̂(W* − Q)ᵀ‖² is, W* = W + W (X − X̂)ᵀX̂ (X̂ᵀX̂)⁻¹: with GPTQ on W* we solve the problem of GPTAQ (Li et al. 2025)
+    and Qronos (Zhang et al. 2025). A ridge of PRIOR tokens of average energy keeps it from learning noise.
     """
     H = hessian.double()
-    H = H + PRIOR * H.trace() / tokens * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    ridge = (PRIOR / tokens * H.trace()).clamp(min=1e-30)
+    H = H + ridge * torch.eye(len(H), dtype=H.dtype, device=H.device)
     return weight + torch.linalg.solve(H, (weight.double() @ error.double()).mT).mT.to(weight.dtype)
 
 

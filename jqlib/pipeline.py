@@ -134,9 +134,9 @@ def refined(config: Config, recipe: Recipe, start: Refined) -> tuple[Refined, di
     def make():
         state, keep = checkpoint(config.folder, "refined", depends)
         found = refine(
-            load_model(config), _text_for_steps(config), start.R1, start.R2, start.smooth_scale, a_clip=recipe.a_clip,
-            o_per_head=recipe.o_per_head, learn=recipe.refine, steps=config.refine_steps, seed=config.seed, keep=keep,
-            resume=state,
+            load_model(config), _text_for_steps(config), start.R1, start.R2, start.smooth_scale,
+            a_bits=config.a_bits, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head, learn=recipe.refine,
+            steps=config.refine_steps, seed=config.seed, keep=keep, resume=state,
         )  # fmt: skip
         tensors = {} if found.R1 is None else {"R1 of": found.R1}
         for field in ("R2", "norm_scale", "smooth_scale"):
@@ -272,7 +272,7 @@ def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
     if recipe is None:
         return _depends(config) | {"recipe": None}
     names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
-    names += ("refine_steps",) if recipe.refine else ()
+    names += ("refine_steps", "a_bits") if recipe.refine else ()
     later = ("label", "weights", "gptq_inputs", "tune")
     does = {name: value for name, value in vars(recipe).items() if name not in later}
     return _depends(config, *names) | {"recipe": does, "objective": recipe.objective or config.objective}

@@ -38,7 +38,8 @@ def quantize_model(
     ``weights``: ``"rtn"`` rounds each weight to its nearest; ``"gptq"`` needs ``calib_data``, token windows
     (windows, seqlen), and makes later weights of a row answer for the rounding of earlier ones (`jqlib.gptq`).
     ``kv_bits``: keys (behind R3) and values (`jqlib.kv_cache`).
-    ``gptq_inputs="quantised"``: GPTQ answers for inputs rounded to ``a_bits`` too, its own layer's and those before it.
+    ``gptq_inputs="quantised"``: GPTQ answers for inputs rounded to ``a_bits`` too, its own layer's and those before it;
+    ``"corrected"``: and every weight aims at what it would have put out without any rounding (`jqlib.gptq.corrected`).
     ``a_clip`` shrinks every token's range, at all sites or by a site's first reader (0-dim tensors are read at every
     call: `tune` changes them); ``o_per_head`` gives o_proj's input a grid a head.
 
@@ -58,13 +59,9 @@ def quantize_model(
     inputs_first = gptq and gptq_inputs != "fp"
     if gptq:
         quantize_weights_gptq(
-            model,
-            calib_data,
-            w_bits,
-            w_groupsize,
-            before=round_inputs if inputs_first else None,
-            correct=gptq_inputs == "corrected",
-        )
+            model, calib_data, w_bits, w_groupsize,
+            before=round_inputs if inputs_first else None, correct=gptq_inputs == "corrected",
+        )  # fmt: skip
     elif w_bits < OFF:
         _round_to_nearest(model, w_bits, w_groupsize)
     if not inputs_first:

@@ -168,6 +168,11 @@ def test_the_prior_holds_a_correction_back(monkeypatch):
     assert error(with_prior) < min(error(without), error(W))
 
 
+def test_inputs_that_are_always_zero_correct_nothing():
+    W, zero = torch.ones(5, 20), torch.zeros(20, 20)
+    assert torch.equal(corrected(W, zero, zero, 8), W)
+
+
 @torch.inference_mode()
 def test_correction_goes_site_by_site(tiny_model, tokens):
     """o_proj of layer 1 aims at the FP model's outputs, on rounded inputs that came through rounded q, k, v."""

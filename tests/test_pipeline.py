@@ -50,6 +50,12 @@ def test_a_refinement_is_kept_whole(config, capsys):
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in first.named_parameters())
 
 
+def test_a_refinement_is_for_the_bits_of_the_run(config):
+    recipe = RECIPES["jointquant-best"]
+    clips = {bits: pipeline.transform(replace(config, a_bits=bits), recipe)[1] for bits in (3, 8)}
+    assert clips[3] != clips[8]
+
+
 def test_tuning_shares_the_refinement_and_leaves_nothing_unfinished(config, monkeypatch):
     monkeypatch.setattr("jqlib.distill.KEEP_EVERY", 2)
     tuned = pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)
