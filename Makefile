@@ -15,7 +15,7 @@ test: .venv/made
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/python -m pytest
 	JUPYTER_PREFER_ENV_PATH=1 JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output \
-	  $(BIN)/python -m pytest -p no:warnings --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+	  $(BIN)/python -m pytest -p no:warnings --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks
 
 # on the artifacts that `make test` left, else it takes ten minutes more; says so and passes where there is no Chromium
 test-browser: .venv/made
