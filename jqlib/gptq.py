@@ -43,7 +43,7 @@ def quantize_weights_gptq(
     """
     sites = family_of(model).sites
     hidden, kwargs = _first_inputs(model, calib_data)
-    exact = list(hidden)  # the same in the model without rounding
+    exact = list(hidden) if correct else hidden  # the same in the model without rounding, where it is wanted
     for name, layer in tqdm(list(layers_of(model)), "GPTQ", unit="layer"):
         plain = deepcopy(layer) if correct else None
         if before:
@@ -51,19 +51,16 @@ def quantize_weights_gptq(
         for group in [[site] for site in sites] if correct else [sites]:
             hessians, errors = _statistics(layer, plain, group, hidden, exact, kwargs)
             for site in group:
-                weights = [layer.get_submodule(reader).weight for reader in site.readers]
-                stacked, H = (
-                    torch.cat([weight.data for weight in weights]),
-                    hessians[site.name],
-                )  # they share their input
+                linears = [layer.get_submodule(reader) for reader in site.readers]
+                weight = torch.cat([linear.weight.data for linear in linears])  # they share their input
                 if correct:
-                    stacked = corrected(stacked, H, errors[site.name], calib_data.numel())
-                rounded = gptq(stacked, H, bits, groupsize, name=f"{name}.{site.readers[0]}")
-                for weight, rows in zip(weights, rounded.split([len(w) for w in weights]), strict=True):
-                    weight.data = rows.to(weight.dtype)
-        for i, x in enumerate(hidden):
-            hidden[i] = _run(layer, x, kwargs)
-            exact[i] = _run(plain, exact[i], kwargs) if plain else exact[i]
+                    weight = corrected(weight, hessians[site.name], errors[site.name], calib_data.numel())
+                rounded = gptq(weight, hessians[site.name], bits, groupsize, name=f"{name}.{site.readers[0]}")
+                for linear, rows in zip(linears, rounded.split([ln.out_features for ln in linears]), strict=True):
+                    linear.weight.data = rows.to(linear.weight.dtype)
+        _move_on(layer, hidden, kwargs)
+        if plain is not None:
+            _move_on(plain, exact, kwargs)
 
 
 def gptq(weight: Tensor, hessian: Tensor, bits: int = 4, groupsize: int = 128, *, name: str = "a weight") -> Tensor:
@@ -165,10 +162,10 @@ def _statistics(layer: nn.Module, plain: nn.Module | None, sites, hidden, exact,
     hessians: dict[str, Tensor] = {}
     errors: dict[str, Tensor] = {}
     for x, unrounded in zip(hidden, exact, strict=True):
-        wanted = _inputs(plain, sites, unrounded, kwargs) if plain else {}
+        wanted = _inputs(plain, sites, unrounded, kwargs) if plain is not None else {}
         for name, found in _inputs(layer, sites, x, kwargs).items():
             _add_product(hessians, name, found, found)
-            if plain:
+            if plain is not None:
                 _add_product(errors, name, wanted[name] - found, found)
     return hessians, errors
 
@@ -203,6 +200,8 @@ def _inputs(layer: nn.Module, sites, x: Tensor, kwargs: dict) -> dict[str, Tenso
 
 
 @torch.inference_mode()
-def _run(layer: nn.Module, x: Tensor, kwargs: dict) -> Tensor:
-    output = layer(x, **kwargs)
-    return output if isinstance(output, Tensor) else output[0]
+def _move_on(layer: nn.Module, hidden: list[Tensor], kwargs: dict) -> None:
+    """Each window's hidden states through a layer, window by window."""
+    for i, x in enumerate(hidden):
+        output = layer(x, **kwargs)
+        hidden[i] = output if isinstance(output, Tensor) else output[0]

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from jqlib.config import Config
 from jqlib.hadamard import factors
-from jqlib.models import R1_SITES, family_of, head_dim_of, load_config, sites_of
+from jqlib.models import R1_SITES, family_of, head_dim_of, linears_of, load_config, sites_of
 
 PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the runner is one, a kernel another
 
@@ -22,7 +22,7 @@ def describe(config: Config) -> str:
     model = _without_weights(config)
     shape = model.config
     dtype = getattr(torch, config.dtype)
-    linears = [model.get_submodule(f"{layer}.{reader}") for layer, site in sites_of(model) for reader in site.readers]
+    linears = linears_of(model)
     in_layers = sum(linear.weight.numel() for linear in linears)
     parameters = sum(p.numel() for p in model.parameters())
     return "\n".join([

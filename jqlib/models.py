@@ -158,6 +158,11 @@ def sites_of(model: nn.Module, *names: str) -> list[tuple[str, Site]]:
     return [(layer, site) for layer, _ in layers_of(model) for site in sites]
 
 
+def linears_of(model: nn.Module) -> list[nn.Module]:
+    """All linears of the decoder layers that read a site: those that are quantised."""
+    return [model.get_submodule(f"{layer}.{reader}") for layer, site in sites_of(model) for reader in site.readers]
+
+
 def on_input(model: nn.Module, layer: str, site: Site, change: Callable[[Tensor], Tensor]) -> None:
     """Apply ``change`` to a site's input, once, where it is made: behind its norm, or before its only reader."""
     if site.norm:

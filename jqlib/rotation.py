@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jqlib.hadamard import factors, hadamard_transform, transform_operations
 from jqlib.joint import orthogonality_error
-from jqlib.models import begin, done, family_of, head_dim_of, layers_of, on_input, sites_of
+from jqlib.models import begin, done, family_of, head_dim_of, layers_of, linears_of, on_input, sites_of
 from jqlib.smooth import apply_smoothing
 
 ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
@@ -90,8 +90,7 @@ def online_operations(model: nn.Module, online: tuple[str, ...]) -> float:
         for layer, site in sites_of(model)
         if site.name in online
     ]
-    linears = [model.get_submodule(f"{layer}.{reader}") for layer, site in sites_of(model) for reader in site.readers]
-    return sum(map(transform_operations, widths)) / sum(linear.weight.numel() for linear in linears)
+    return sum(map(transform_operations, widths)) / sum(linear.weight.numel() for linear in linears_of(model))
 
 
 def _untie(model: nn.Module) -> None:

@@ -6,11 +6,12 @@ Writes results/speed.json.
 """
 
 import argparse
-import time
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
 import pandas as pd
+from cost import seconds
 
 from jqlib import models, pipeline, store
 from jqlib.config import RECIPES, get_smollm2_135m_config
@@ -18,31 +19,31 @@ from jqlib.data import get_evaluation_windows
 from jqlib.evaluate import window_nll
 from jqlib.quantize import quantize_model
 
+SEQLEN = 2048
 METHODS = ("jointquant-best", "jointquant-online")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--windows", type=int, default=6)
-    parser.add_argument("--seqlen", type=int, default=2048)
     arguments = parser.parse_args()
     config = get_smollm2_135m_config()
     every = {"Hugging Face": pipeline.load_model(config)} | {name: quantised(config, name) for name in METHODS}
-    windows = get_evaluation_windows(models.get_tokenizer(config.model), None, arguments.seqlen, arguments.windows + 1)
-    seconds: dict[str, list[float]] = {name: [] for name in every}
+    windows = get_evaluation_windows(models.get_tokenizer(config.model), None, SEQLEN, arguments.windows + 1)
+    taken: dict[str, list[float]] = {name: [] for name in every}
     for window in windows:
         for name, model in every.items():
-            seconds[name].append(timed(model, window))
-    plain = seconds["Hugging Face"][1:]  # the first window warms up
+            taken[name].append(seconds(partial(window_nll, model, window)))
+    plain = taken["Hugging Face"][1:]  # the first window warms up
     rows = [
         {
             "model": name,
-            "tokens a second": arguments.seqlen / median(times[1:]),
+            "tokens a second": SEQLEN / median(times[1:]),
             "of Hugging Face's": median(a / b for a, b in zip(plain, times[1:], strict=True)),
         }
-        for name, times in seconds.items()
+        for name, times in taken.items()
     ]
-    store.save_results(config, "speed", {"rows": rows, "seqlen": arguments.seqlen, "windows": arguments.windows})
+    store.save_results(config, "speed", {"rows": rows, "seqlen": SEQLEN, "windows": arguments.windows})
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3g}".format))
 
 
@@ -53,12 +54,6 @@ def quantised(config, name: str):
     model, *_ = pipeline.transform(config, recipe)
     quantize_model(model, 4, 4, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head)
     return model
-
-
-def timed(model, window) -> float:
-    start = time.perf_counter()
-    window_nll(model, window)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
