@@ -104,7 +104,10 @@ def run_all(page, lab, path):
     for _ in range(15 * 30):
         page.wait_for_timeout(2000)
         page.keyboard.press("Control+s")
-        code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        try:
+            code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        except nbformat.reader.NotJSONError:  # the server is in the middle of writing it
+            continue
         if errors(code) or all(cell.execution_count for cell in code):
             return code
     raise TimeoutError(f"{path.name} still runs after 15 minutes")
