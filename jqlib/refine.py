@@ -99,8 +99,8 @@ class Simulation:
     def loss(self, ids: Tensor) -> Tensor:
         """Mean KL (nats a token) from the FP model's predictions on ``ids``, (1, tokens)."""
         if self.R1 is not None:
-            self.turned1 = _turned(self.R1.to(self.model.device), self.knobs["R1"])
-        self.turned2 = {name: _turned(R, self.knobs[f"R2 {name}"]) for name, R in self.R2.items()}
+            self.turned1 = turned(self.R1.to(self.model.device), self.knobs["R1"])
+        self.turned2 = {name: turned(R, self.knobs[f"R2 {name}"]) for name, R in self.R2.items()}
         ids = ids.to(self.model.device)
         with low_precision(self.model.device):
             self.on = False
@@ -134,8 +134,8 @@ class Simulation:
         norms = [f"{layer}.{site.readers[0]}" for layer, site in sites_of(self.model) if site.norm]
         behind_r1 = norms if self.R1 is not None else []
         return Refined(
-            _turned(self.R1, knobs["R1"]) if self.R1 is not None else None,
-            {name: _turned(R.cpu(), knobs[f"R2 {name}"]) for name, R in self.R2.items()},
+            turned(self.R1, knobs["R1"]) if self.R1 is not None else None,
+            {name: turned(R.cpu(), knobs[f"R2 {name}"]) for name, R in self.R2.items()},
             {name: scale for name, scale in scales.items() if name in behind_r1},
             {name: scale for name, scale in scales.items() if name not in behind_r1},
             {name.split()[1]: min(value.item(), 1.0) for name, value in knobs.items() if name.startswith("clip ")},
@@ -153,7 +153,7 @@ def _knobs(model, R1: Tensor | None, R2: dict[str, Tensor], smooth_scale: dict[s
     return {name: value.to(model.device) for name, value in knobs.items()}
 
 
-def _turned(R: Tensor, generator: Tensor) -> Tensor:
+def turned(R: Tensor, generator: Tensor) -> Tensor:
     """R turned by the Cayley transform of a generator's skew part: a rotation again."""
     skew, eye = (generator - generator.mT) / 2, torch.eye(R.shape[-1], device=R.device)
     return torch.linalg.solve(eye + skew, (eye - skew) @ R)

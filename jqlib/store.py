@@ -26,8 +26,8 @@ from jqlib.config import ROOT, Config
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "pandas", "matplotlib", "papermill")
 # the modules that decide what an artifact holds; a change of their code makes it anew
 METHOD = ("embedded", "models", "data", "activations", "hadamard", "rotation", "objectives", "solver", "joint",
-          "baselines", "smooth", "quant", "gptq", "kv_cache", "quantize", "distill", "refine", "tune",
-          "evaluate", "pipeline")  # fmt: skip
+          "baselines", "smooth", "quant", "gptq", "kv_cache", "quantize", "distill", "refine", "output",
+          "tune", "evaluate", "pipeline")  # fmt: skip
 
 Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
 

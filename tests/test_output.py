@@ -1,0 +1,111 @@
+"""R1 and norm scales for the readers' output error: the cost predicts what rounding does, the stage lowers it."""
+
+import pytest
+import torch
+
+from jqlib import collect_activations, distill, fuse_layer_norms, rotate_model, site_targets
+from jqlib.hadamard import random_hadamard
+from jqlib.joint import orthogonality_error
+from jqlib.output import cost, gathered_start, sensitivities, stream_inputs, train_r1_output
+from jqlib.quant import quantize_activation
+from jqlib.refine import working_copy
+
+HIDDEN = 48
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """As on a processor without bfloat16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+
+def test_the_cost_is_the_error_that_rounding_makes_at_the_outputs():
+    """½ E Σ f_o δ_o² measured on the real quantiser, against the formula; weights by noise of the energy it names."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4000, HIDDEN, generator=generator), torch.randn(96, HIDDEN, generator=generator)
+    fisher = torch.rand(96, generator=generator)
+    R, scale = random_hadamard(HIDDEN, 1), torch.linspace(0.5, 2, HIDDEN)
+    z = x @ R * scale
+    delta = (quantize_activation(z, 6) - z) / scale @ R.T @ weight.T
+    gram = weight.T @ (fisher[:, None] * weight)
+    without_weights = cost(z, R, scale, gram, 6, 1.0, 16) - cost(z, R, scale, gram, 16, 1.0, 16)
+    measured = (fisher * delta.square()).sum(1).mean() / 2
+    assert without_weights.item() == pytest.approx(measured.item(), rel=0.03)
+
+
+def test_weights_cost_what_noise_of_a_groups_energy_costs():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2000, HIDDEN, generator=generator), torch.randn(96, HIDDEN, generator=generator)
+    fisher, R, scale = torch.rand(96, generator=generator), random_hadamard(HIDDEN, 1), torch.linspace(0.5, 2, HIDDEN)
+    z, behind = x @ R * scale, weight @ R / scale
+    gram = weight.T @ (fisher[:, None] * weight)
+    groups = behind.view(96, -1, 16)
+    size = (0.006 * groups.square().mean(-1, keepdim=True)).sqrt().expand_as(groups).reshape(96, HIDDEN)
+    delta = z @ (size * torch.randn(96, HIDDEN, generator=generator)).T
+    measured = (fisher * delta.square()).sum(1).mean() / 2
+    assert cost(z, R, scale, gram, 16, 1.0, 16).item() == pytest.approx(measured.item(), rel=0.1)
+
+
+def test_sensitivity_predicts_the_divergence_that_small_noise_makes(tiny_model, tokens):
+    """KL after noise of known size on a site's readers' outputs, against ½ Σ f_o δ_o²."""
+    model, windows = tiny_model(), tokens(16, 64)
+    fuse_layer_norms(model)
+    name = site_targets(model, "qkv")[1]
+    gram = sensitivities(model, windows)[name]
+    norm = model.model.layers[1].input_layernorm
+    generator, size = torch.Generator().manual_seed(0), 1e-2
+    reference = model(windows).logits.double().log_softmax(-1)
+    handle = norm.register_forward_hook(lambda m, a, y: y + size * torch.randn(y.shape, generator=generator))
+    noisy = torch.stack([model(windows).logits.double().log_softmax(-1) for _ in range(8)])
+    handle.remove()
+    measured = (reference.exp() * (reference - noisy)).sum(-1).mean().item()
+    assert measured == pytest.approx(size**2 * gram.trace().item() / 2, rel=0.15)
+
+
+def test_stream_inputs_are_what_is_collected(tiny_model, tokens):
+    model, ids = tiny_model(), tokens(1, 32)
+    wanted = collect_activations(model, ids, site_targets(model, "qkv", "ug"), max_tokens=None)
+    fuse_layer_norms(model)
+    for name, x in stream_inputs(model, ids).items():
+        torch.testing.assert_close(x, wanted.pop(name), rtol=1e-4, atol=1e-5)
+    assert not wanted
+
+
+def test_the_start_gathers_channels_of_like_gain(tiny_model):
+    model = tiny_model()
+    small = torch.arange(0, HIDDEN, 2)
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data.fill_(2.0)[small] = 0.5
+    R, scales = gathered_start(model)
+    assert orthogonality_error(R) < 1e-5
+    assert set(scales) == set(site_targets(model, "qkv", "ug"))
+    for scale in scales.values():  # one block of 48: one scale, the geometric mean
+        torch.testing.assert_close(scale, torch.ones(HIDDEN))
+
+
+def total(model, windows, R, scales) -> float:
+    model = working_copy(model, fuse=True)
+    grams, inputs = sensitivities(model, windows), stream_inputs(model, windows)
+    return sum(cost(inputs[n] @ R * scales[n], R, scales[n], grams[n], 4, 0.9, 128).item() for n in scales)
+
+
+def test_it_lowers_the_cost_and_the_model_computes_what_it_did(tiny_model, tokens):
+    model, windows = tiny_model(), tokens(8, 64)
+    R, scales = train_r1_output(model, windows, steps=60)
+    assert total(model, windows, R, scales) < 0.9 * total(model, windows, *gathered_start(model))
+    assert orthogonality_error(R) < 1e-5
+    before = model(windows[:1]).logits
+    fuse_layer_norms(model)
+    rotate_model(model, R, norm_scale=scales)
+    torch.testing.assert_close(model(windows[:1]).logits, before, rtol=1e-3, atol=1e-3)
+
+
+def test_an_interrupted_one_goes_on_as_if_nothing_had_been(tiny_model, tokens, monkeypatch):
+    monkeypatch.setattr(distill, "KEEP_EVERY", 2)
+    arguments, kept = (tiny_model(), tokens(4, 64)), []
+    whole = train_r1_output(
+        *arguments, steps=5, keep=lambda state: kept.append({k: v.clone() for k, v in state.items()})
+    )
+    resumed = train_r1_output(*arguments, steps=5, resume=kept[0])
+    torch.testing.assert_close(resumed[0], whole[0], rtol=0, atol=0)
