@@ -80,7 +80,7 @@ class Recipe:
     """A method: what is done to a model before its weights and activations are rounded."""
 
     label: str
-    r1: str | None = None  # None, "hadamard" or a solver
+    r1: str | None = None  # None, "hadamard", a solver, or "output": with the norms' scales
     r2: str | None = None
     online: tuple[str, ...] = ()  # sites with a Hadamard transform that runs online
     smooth: tuple[str, ...] = ()  # sites

@@ -25,6 +25,7 @@ from jqlib.refine import turned, working_copy
 from jqlib.solver import polar
 
 RATES = {"R1": 2.5e-3, "scale": 3e-2}  # Adam's
+STEPS = 150
 FISHER_TOKENS = 4096
 WEIGHT_NOISE = 0.006  # ρ at 4 bits: what GPTQ leaves of a weight's energy, about half of what RTN does
 BLOCK = 64  # channels of like gamma that the start gathers
@@ -38,7 +39,7 @@ def train_r1_output(
     bits: int = 4,
     clip: float = 0.9,
     groupsize: int = 128,
-    steps: int = 150,
+    steps: int = STEPS,
     seed: int = 0,
     keep: Keep | None = None,
     resume: dict[str, Tensor] | None = None,

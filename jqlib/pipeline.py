@@ -20,6 +20,7 @@ from jqlib.distill import TOKENS
 from jqlib.evaluate import Perplexity, evaluate_perplexity
 from jqlib.joint import train_r1_joint, train_r2_independent
 from jqlib.models import site_targets
+from jqlib.output import STEPS, train_r1_output
 from jqlib.quant import OFF
 from jqlib.quantize import quantize_model
 from jqlib.refine import Refined, refine
@@ -27,6 +28,8 @@ from jqlib.rotation import fuse_layer_norms, online_operations, rotate_model
 from jqlib.smooth import compute_simple_smooth_scale
 from jqlib.store import artifact, checkpoint, peak_rss_bytes
 from jqlib.tune import tune
+
+FOR_OUTPUT = ("a_bits", "w_groupsize")  # settings that the objective `output` goes by
 
 
 def load_model(config: Config):
@@ -79,6 +82,22 @@ def r1(config: Config, solver: str, restart: int = 0) -> tuple[Tensor, dict]:
     depends = _depends(config, *names) | {"solver": solver, "restart": restart}
     tensors, values = artifact(config.folder, f"r1-{solver}", depends, make)
     return tensors["R1"], values
+
+
+def r1_output(config: Config, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor], dict]:
+    """R1 and the norms' scales by what rounding costs the readers (`jqlib.output`); an interrupted one goes on."""
+    depends = _depends(config, *FOR_OUTPUT) | {"a_clip": recipe.a_clip}
+
+    def make():
+        state, keep = checkpoint(config.folder, "r1-output", depends)
+        R1, scales = train_r1_output(
+            load_model(config), _text_for(config, STEPS), bits=config.a_bits, clip=recipe.a_clip,
+            groupsize=config.w_groupsize, seed=config.seed, keep=keep, resume=state,
+        )  # fmt: skip
+        return {"R1": R1} | scales, {}
+
+    tensors, values = artifact(config.folder, "r1-output", depends, make)
+    return tensors.pop("R1"), tensors, {"train_seconds": values["seconds"]}
 
 
 def r2(config: Config, solver: str, smooth_scale: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], dict]:
@@ -134,9 +153,9 @@ def refined(config: Config, recipe: Recipe, start: Refined) -> tuple[Refined, di
     def make():
         state, keep = checkpoint(config.folder, "refined", depends)
         found = refine(
-            load_model(config), _text_for_steps(config), start.R1, start.R2, start.smooth_scale,
-            a_bits=config.a_bits, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head, learn=recipe.refine,
-            steps=config.refine_steps, seed=config.seed, keep=keep, resume=state,
+            load_model(config), _text_for(config, config.refine_steps), start.R1, start.R2, start.smooth_scale,
+            a_bits=config.a_bits, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head, norm_scale=start.norm_scale,
+            learn=recipe.refine, steps=config.refine_steps, seed=config.seed, keep=keep, resume=state,
         )  # fmt: skip
         tensors = {} if found.R1 is None else {"R1 of": found.R1}
         for field in ("R2", "norm_scale", "smooth_scale"):
@@ -151,10 +170,10 @@ def refined(config: Config, recipe: Recipe, start: Refined) -> tuple[Refined, di
     return Refined(tensors.get("R1 of"), **fields, clips=values["clips"]), values
 
 
-def _text_for_steps(config: Config) -> Tensor:
-    """As many calibration windows as the steps of an end-to-end stage need, or as there are."""
+def _text_for(config: Config, steps: int) -> Tensor:
+    """As many calibration windows as so many steps on TOKENS of text need, or as there are."""
     tokenizer, a_window = models.get_tokenizer(config.model), max(1, config.seqlen // TOKENS)
-    wanted = -(-config.refine_steps // a_window)
+    wanted = -(-steps // a_window)
     return get_calibration_data(tokenizer, wanted, config.seqlen, config.calib_dataset, config.seed, least=1)
 
 
@@ -166,11 +185,15 @@ def transform(config: Config, recipe: Recipe):
     config = replace(config, objective=recipe.objective or config.objective)
     r2_solver = "mm" if recipe.r2 == "greedy" else recipe.r2  # R2 is per layer by nature
     scales, smoothing = smooth_scales(config, recipe.smooth, recipe.measure) if recipe.smooth else ({}, {})
-    R1, for_r1 = r1(config, recipe.r1) if recipe.r1 else (None, {})
+    R1, norm_scale, for_r1 = None, {}, {}
+    if recipe.r1 == "output":
+        R1, norm_scale, for_r1 = r1_output(config, recipe)
+    elif recipe.r1:
+        R1, for_r1 = r1(config, recipe.r1)
     R2, for_r2 = r2(config, r2_solver, scales) if recipe.r2 else ({}, {})
     seconds = smoothing.get("seconds", 0.0) + sum(part.get("train_seconds", 0.0) for part in (for_r1, for_r2))
     seconds += max(part.get("collect_seconds", 0.0) for part in (for_r1, for_r2))  # one pass serves both
-    found = Refined(R1, R2, {}, scales, recipe.a_clip)
+    found = Refined(R1, R2, norm_scale, scales, recipe.a_clip)
     if recipe.refine and config.refine_steps:
         found, refinement = refined(config, recipe, found)
         seconds += refinement["seconds"]
@@ -210,7 +233,7 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
             if tune_steps:
                 state, keep = checkpoint(config.folder, "evaluation", depends)
                 tune(
-                    model, teacher, _text_for_steps(config), clips if a_bits < OFF else {},
+                    model, teacher, _text_for(config, tune_steps), clips if a_bits < OFF else {},
                     groupsize=config.w_groupsize, steps=tune_steps, seed=config.seed + 1, keep=keep, resume=state,
                 )  # fmt: skip
             seconds += time.perf_counter() - start
@@ -273,6 +296,7 @@ def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
         return _depends(config) | {"recipe": None}
     names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
     names += ("refine_steps", "a_bits") if recipe.refine else ()
+    names += FOR_OUTPUT if recipe.r1 == "output" else ()
     later = ("label", "weights", "gptq_inputs", "tune")
     does = {name: value for name, value in vars(recipe).items() if name not in later}
     return _depends(config, *names) | {"recipe": does, "objective": recipe.objective or config.objective}

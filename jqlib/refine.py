@@ -43,6 +43,7 @@ def refine(
     a_bits: int = 4,
     a_clip: float = 0.9,
     o_per_head: bool = True,
+    norm_scale: dict[str, Tensor] | None = None,
     learn: tuple[str, ...] = tuple(RATES),
     steps: int = 100,
     seed: int = 0,
@@ -54,14 +55,15 @@ def refine(
     ``model``: as loaded; it is copied, not changed. ``windows``: (windows, seqlen) of calibration text. R1 to
     ``o_per_head`` as `rotate_model` and `quantize_model` take them, the rest as `distill` does. R2 of every layer is
     needed, R4 is on; without R1 the sites of norms have a Hadamard transform online, and their scales are in
-    ``smooth_scale``. ``learn``: which kinds move, of "R1", "R2", "scale" (norms' and smoothing) and "clip".
+    ``smooth_scale``; behind R1 those of ``norm_scale`` are where they start, or 1. ``learn``: which kinds move, of
+    "R1", "R2", "scale" (norms' and smoothing) and "clip".
 
     Raises ValueError where a layer has no R2, FloatingPointError where the loss is not finite.
     """
     if missing := [name for name in site_targets(model, "o") if name not in R2]:
         raise ValueError(f"refine needs R2 of every layer; there is none for {missing[0]}")
     model = working_copy(model, fuse=R1 is not None)
-    knobs = _knobs(model, R1, R2, smooth_scale, a_clip)
+    knobs = _knobs(model, R1, R2, smooth_scale | (norm_scale or {}), a_clip)
     simulated = Simulation(model, R1, R2, knobs, a_bits, o_per_head)
     learned = {name: knob.requires_grad_() for name, knob in knobs.items() if name.split()[0] in learn}
     distill(
@@ -142,13 +144,13 @@ class Simulation:
         )
 
 
-def _knobs(model, R1: Tensor | None, R2: dict[str, Tensor], smooth_scale: dict[str, Tensor], a_clip: float):
+def _knobs(model, R1: Tensor | None, R2: dict[str, Tensor], scales: dict[str, Tensor], a_clip: float):
     """What is learned, by name: skew generators of the turns of R1 and R2, logarithms of scales, clips."""
     knobs = {"R1": torch.zeros_like(R1)} if R1 is not None else {}
     knobs |= {f"R2 {name}": torch.zeros_like(R) for name, R in R2.items()}
     for name in site_targets(model):
         features = R2[name][..., 0].numel() if name in R2 else model.get_submodule(name).in_features
-        knobs[f"scale {name}"] = smooth_scale[name].log() if name in smooth_scale else torch.zeros(features)
+        knobs[f"scale {name}"] = scales[name].log() if name in scales else torch.zeros(features)
         knobs[f"clip {name}"] = torch.tensor(a_clip)
     return {name: value.to(model.device) for name, value in knobs.items()}
 
