@@ -40,8 +40,7 @@ def distill(
     groups = [{"params": [knob], "kind": name.split()[0]} for name, knob in knobs.items()]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     first = _load(resume, knobs, optimiser) if resume else 0
-    length = min(TOKENS, windows.shape[1])
-    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    pieces = pieces_of(windows)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
     with tqdm(desc=label, total=steps, initial=first, unit="step") as bar:
         for step in range(first, steps):
@@ -57,6 +56,12 @@ def distill(
             bar.update()
             if keep and (step + 1) % KEEP_EVERY == 0:
                 keep(_state(knobs, optimiser, step + 1))
+
+
+def pieces_of(windows: Tensor) -> Tensor:
+    """Windows (windows, seqlen) cut into pieces of TOKENS, or of seqlen where that is less: (pieces, length)."""
+    length = min(TOKENS, windows.shape[1])
+    return windows[:, : windows.shape[1] // length * length].reshape(-1, length)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jqlib.distill import TOKENS, Keep, distill, low_precision
+from jqlib.distill import Keep, distill, low_precision, pieces_of
 from jqlib.hadamard import random_hadamard
 from jqlib.models import family_of, sites_of
 from jqlib.refine import turned, working_copy
@@ -60,19 +60,10 @@ def train_r1_output(
     R1 = R1.to(model.device)
 
     def loss(ids: Tensor) -> Tensor:
-        R = turned(R1, knobs["R1"])
-        costs = [
-            cost(
-                x @ R * knobs[f"scale {name}"].exp(),
-                R,
-                knobs[f"scale {name}"].exp(),
-                grams[name],
-                bits,
-                clip,
-                groupsize,
-            )
-            for name, x in stream_inputs(model, ids.to(model.device)).items()
-        ]
+        R, costs = turned(R1, knobs["R1"]), []
+        for name, x in stream_inputs(model, ids.to(model.device)).items():
+            scale = knobs[f"scale {name}"].exp()
+            costs.append(cost(x @ R * scale, R, scale, grams[name], bits, clip, groupsize))
         return torch.stack(costs).sum()
 
     distill(knobs, loss, windows, RATES, label="output", steps=steps, seed=seed, keep=keep, resume=resume)
@@ -131,8 +122,8 @@ def sensitivities(model: nn.Module, windows: Tensor, seed: int = 0) -> dict[str,
     handles = [embed.register_forward_hook(lambda module, args, output: output.requires_grad_())]
     handles += [linear.register_forward_hook(watch) for linears in readers.values() for linear in linears]
     generator = torch.Generator(model.device).manual_seed(seed)
-    length = min(TOKENS, windows.shape[1])
-    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)[: -(-FISHER_TOKENS // length)]
+    pieces = pieces_of(windows)
+    pieces = pieces[: -(-FISHER_TOKENS // pieces.shape[1])]
     try:
         for ids in pieces:
             with low_precision(model.device):
