@@ -1,12 +1,14 @@
 """R1 and the norms' scales together, for what rounding costs the loss behind the readers: the objective ``output``.
 
-Per-token rounding of z = xR∘s adds to every channel noise of variance ω²/(12(2^b − 1)²), ω the width of the token's
-grid; a reader W, gamma fused, passes it on by WR diag(1/s). To second order the loss pays, in nats a token,
+A site's input x, (tokens, n), and the gradient h of the loss there are turned together: z = xR∘s is what is rounded,
+e = hR/s is what the loss feels of it. Per-token rounding adds to every channel of z noise of variance
+ω²/(12(2^b − 1)²), ω the width of the token's grid; to second order the loss pays for it, in nats a token,
 
-    ½ mean(ω²)/(12(2^b − 1)²) Σ_j d_j,    d_j = (RᵀGR)_jj / s_j²,    G = Wᵀ diag(f) W,
+    ½ mean_t ω_t² ‖e_t‖² / (12(2^b − 1)²).
 
-f_o the Fisher information of the reader's output o. The weights' rounding leaves a share ρ of each group's energy, for
-which the loss pays ½ ρ Σ_groups (Σ_j E z_j²) (mean_j d_j). Both are summed over the sites behind norms of all layers.
+The weights' rounding leaves a share ρ of the energy in each of their groups g, for which the loss pays
+½ ρ Σ_g (Σ_{j∈g} E z_j²)(mean_{j∈g} E e_j²). Both are summed over the sites behind norms of all layers. The loss is
+Σ log p(y), y drawn from the model's own p: E hhᵀ is then the Fisher information of the input.
 
 Scales undo what fusing gamma does (a norm that damped an outlier channel now lets it stretch the grid of all), with
 nothing online: they are gains of the norm in the rotated basis. That is why R1 must gather channels of like gamma.
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jqlib.distill import Keep, distill, low_precision, pieces_of
+from jqlib.distill import Keep, distill, low_precision
 from jqlib.hadamard import random_hadamard
 from jqlib.models import family_of, sites_of
 from jqlib.refine import turned, working_copy
@@ -26,7 +28,6 @@ from jqlib.solver import polar
 
 RATES = {"R1": 2.5e-3, "scale": 3e-2}  # Adam's
 STEPS = 150
-FISHER_TOKENS = 4096
 WEIGHT_NOISE = 0.006  # ρ at 4 bits: what GPTQ leaves of a weight's energy, about half of what RTN does
 BLOCK = 64  # channels of like gamma that the start gathers
 FLOOR = 1e-3  # of gamma, in the start
@@ -54,16 +55,15 @@ def train_r1_output(
     """
     R1, scales = gathered_start(model, seed)
     model = working_copy(model, fuse=True)
-    grams = sensitivities(model, windows, seed)
     knobs = {"R1": torch.zeros_like(R1)} | {f"scale {name}": scale.log() for name, scale in scales.items()}
     knobs = {name: value.to(model.device).requires_grad_() for name, value in knobs.items()}
     R1 = R1.to(model.device)
 
     def loss(ids: Tensor) -> Tensor:
         R, costs = turned(R1, knobs["R1"]), []
-        for name, x in stream_inputs(model, ids.to(model.device)).items():
+        for name, (x, h) in inputs_and_gradients(model, ids.to(model.device), seed).items():
             scale = knobs[f"scale {name}"].exp()
-            costs.append(cost(x @ R * scale, R, scale, grams[name], bits, clip, groupsize))
+            costs.append(cost(x @ R * scale, h @ R / scale, bits, clip, groupsize))
         return torch.stack(costs).sum()
 
     distill(knobs, loss, windows, RATES, label="output", steps=steps, seed=seed, keep=keep, resume=resume)
@@ -71,15 +71,13 @@ def train_r1_output(
     return R1, {name: knobs[f"scale {name}"].detach().exp().cpu() for name in scales}
 
 
-def cost(z: Tensor, R: Tensor, scale: Tensor, gram: Tensor, bits: int, clip: float, groupsize: int) -> Tensor:
-    """Nats a token that the rounding of one site's ``z`` = xR∘s, (tokens, n), and of its readers' weights costs."""
+def cost(z: Tensor, e: Tensor, bits: int, clip: float, groupsize: int) -> Tensor:
+    """Nats a token that rounding a site's z = xR∘s and its readers' weights costs; z and e = hR/s: (tokens, n)."""
     width = clip * (z.amax(1) - z.amin(1))
-    noise = width.square().mean() / (12 * (2**bits - 1) ** 2)
-    sensitivity = (R * (gram @ R)).sum(0) / scale.square()  # (n,)
-    energy = z.square().mean(0)
-    groups = zip(energy.split(groupsize), sensitivity.split(groupsize), strict=True)
-    weights = WEIGHT_NOISE * sum(e.sum() * d.mean() for e, d in groups)
-    return (noise * sensitivity.sum() + weights) / 2
+    activations = (width.square() * e.square().sum(1)).mean() / (12 * (2**bits - 1) ** 2)
+    groups = zip(z.square().mean(0).split(groupsize), e.square().mean(0).split(groupsize), strict=True)
+    weights = WEIGHT_NOISE * sum(energy.sum() * felt.mean() for energy, felt in groups)
+    return (activations + weights) / 2
 
 
 def gathered_start(model: nn.Module, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,61 +99,31 @@ def gathered_start(model: nn.Module, seed: int = 0) -> tuple[Tensor, dict[str, T
     return R1, {name: mean.exp() for name, mean in zip(gammas, means, strict=True)}
 
 
-def sensitivities(model: nn.Module, windows: Tensor, seed: int = 0) -> dict[str, Tensor]:
-    """G of every site behind a norm of a fused model, ``{first reader: (hidden, hidden)}``.
+def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the sites behind norms of a fused model read, and the loss's gradient there, ``{first reader: (x, h)}``.
 
-    f_o is the mean over FISHER_TOKENS of the squared gradient at output o of Σ log p(y), y drawn from the model's p.
+    ``ids``: (sequences, tokens). x and h: (sequences * tokens, hidden), float32.
     """
-    readers = {
-        f"{layer}.{site.readers[0]}": [model.get_submodule(f"{layer}.{reader}") for reader in site.readers]
-        for layer, site in sites_of(model) if site.norm
-    }  # fmt: skip
-    squares: dict[nn.Module, Tensor] = {}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def add(linear: nn.Module, gradient: Tensor) -> None:
-        squares[linear] = squares.get(linear, 0) + gradient.float().square().sum((0, 1))
+    def watch(name: str, module, args, output: Tensor) -> None:
+        output.register_hook(partial(keep, name, output.detach()))
 
-    def watch(linear: nn.Module, args, output: Tensor) -> None:
-        output.register_hook(partial(add, linear))
+    def keep(name: str, x: Tensor, gradient: Tensor) -> None:
+        found[name] = x.flatten(0, -2).float(), gradient.flatten(0, -2).float()
 
     embed = model.get_submodule(family_of(model).embed)
     handles = [embed.register_forward_hook(lambda module, args, output: output.requires_grad_())]
-    handles += [linear.register_forward_hook(watch) for linears in readers.values() for linear in linears]
-    generator = torch.Generator(model.device).manual_seed(seed)
-    pieces = pieces_of(windows)
-    pieces = pieces[: -(-FISHER_TOKENS // pieces.shape[1])]
-    try:
-        for ids in pieces:
-            with low_precision(model.device):
-                logits = model(ids[None].to(model.device), use_cache=False).logits[0].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            F.cross_entropy(logits, drawn, reduction="sum").backward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: sum(_gram(x, squares[x] / pieces.numel()) for x in linears) for name, linears in readers.items()}
-
-
-def _gram(linear: nn.Module, fisher: Tensor) -> Tensor:
-    weight = linear.weight.float()
-    return weight.T @ (fisher[:, None] * weight)
-
-
-@torch.no_grad()
-def stream_inputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """What the sites behind the norms of a fused model read, ``{first reader: (tokens, hidden)}``, float32."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, module, args, output: Tensor) -> None:
-        found[name] = output.flatten(0, -2).float()
-
-    handles = [
-        model.get_submodule(f"{layer}.{site.norm}").register_forward_hook(partial(keep, f"{layer}.{site.readers[0]}"))
+    handles += [
+        model.get_submodule(f"{layer}.{site.norm}").register_forward_hook(partial(watch, f"{layer}.{site.readers[0]}"))
         for layer, site in sites_of(model) if site.norm
     ]  # fmt: skip
     try:
         with low_precision(model.device):
-            model.base_model(ids, use_cache=False)
+            logits = model(ids, use_cache=False).logits.flatten(0, 1).float()
+        generator = torch.Generator(model.device).manual_seed(seed)
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
     finally:
         for handle in handles:
             handle.remove()
