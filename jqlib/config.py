@@ -104,7 +104,7 @@ RECIPES = {
     "quarot-tuned": Recipe(
         "QuaRot, best, tuned", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq", tune=True
     ),
-    "quip": Recipe("QuIP (Hadamard online everywhere)", online=EVERYWHERE, a_clip=0.9, weights="gptq"),
+    "quip": Recipe("QuIP (Hadamard online everywhere)", online=EVERYWHERE, a_clip=0.9),
     "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", R4, (), 0.9, True, "whip"),
     "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", R4, (), 0.9, True, "whip"),
     "spinquant": Recipe(

@@ -158,6 +158,12 @@ def sites_of(model: nn.Module, *names: str) -> list[tuple[str, Site]]:
     return [(layer, site) for layer, _ in layers_of(model) for site in sites]
 
 
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The norm before each site that has one, by the site's first reader."""
+    sites = [(layer, site) for layer, site in sites_of(model) if site.norm]
+    return {f"{layer}.{site.readers[0]}": model.get_submodule(f"{layer}.{site.norm}") for layer, site in sites}
+
+
 def linears_of(model: nn.Module) -> list[nn.Module]:
     """All linears of the decoder layers that read a site: those that are quantised."""
     return [model.get_submodule(f"{layer}.{reader}") for layer, site in sites_of(model) for reader in site.readers]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jqlib.distill import Keep, distill, low_precision
 from jqlib.hadamard import random_hadamard
-from jqlib.models import family_of, sites_of
+from jqlib.models import family_of, norms_of
 from jqlib.refine import turned, working_copy
 from jqlib.solver import polar
 
@@ -85,18 +85,16 @@ def gathered_start(model: nn.Module, seed: int = 0) -> tuple[Tensor, dict[str, T
 
     The order is that of the channels' part in the first principal component of log |gamma| over all norms.
     """
-    gammas = {
-        f"{layer}.{site.readers[0]}": model.get_submodule(f"{layer}.{site.norm}").weight
-        for layer, site in sites_of(model) if site.norm
-    }  # fmt: skip
-    logs = torch.stack([gamma.detach().float().cpu().abs().clamp(min=FLOOR).log() for gamma in gammas.values()])
+    norms = norms_of(model)
+    gammas = torch.stack([norm.weight.float().cpu().abs() for norm in norms.values()])
+    logs = gammas.clamp(min=FLOOR).log()
     centred = logs - logs.mean(1, keepdim=True)
     order = torch.linalg.svd(centred, full_matrices=False).Vh[0].argsort()
     sizes = [len(block) for block in order.split(BLOCK)]
     R1 = torch.zeros(len(order), len(order))
     R1[order] = torch.block_diag(*[random_hadamard(n, seed + i) for i, n in enumerate(sizes)])
     means = [torch.cat([part.mean().expand(len(part)) for part in log[order].split(BLOCK)]) for log in logs]
-    return R1, {name: mean.exp() for name, mean in zip(gammas, means, strict=True)}
+    return R1, {name: mean.exp() for name, mean in zip(norms, means, strict=True)}
 
 
 def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
@@ -114,10 +112,7 @@ def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[s
 
     embed = model.get_submodule(family_of(model).embed)
     handles = [embed.register_forward_hook(lambda module, args, output: output.requires_grad_())]
-    handles += [
-        model.get_submodule(f"{layer}.{site.norm}").register_forward_hook(partial(watch, f"{layer}.{site.readers[0]}"))
-        for layer, site in sites_of(model) if site.norm
-    ]  # fmt: skip
+    handles += [norm.register_forward_hook(partial(watch, name)) for name, norm in norms_of(model).items()]
     try:
         with low_precision(model.device):
             logits = model(ids, use_cache=False).logits.flatten(0, 1).float()

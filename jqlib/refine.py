@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jqlib.distill import Keep, bfloat16_is_faster, distill, divergence, low_precision, predictions
 from jqlib.hadamard import hadamard_transform
-from jqlib.models import on_input, site_targets, sites_of
+from jqlib.models import norms_of, on_input, site_targets, sites_of
 from jqlib.quant import quantize_activation
 from jqlib.rotation import fuse_layer_norms
 from jqlib.smooth import expand_to_heads
@@ -133,8 +133,7 @@ class Simulation:
     def result(self) -> Refined:
         knobs = {name: value.detach().cpu() for name, value in self.knobs.items()}
         scales = {name.split()[1]: value.exp() for name, value in knobs.items() if name.startswith("scale ")}
-        norms = [f"{layer}.{site.readers[0]}" for layer, site in sites_of(self.model) if site.norm]
-        behind_r1 = norms if self.R1 is not None else []
+        behind_r1 = norms_of(self.model) if self.R1 is not None else {}
         return Refined(
             turned(self.R1, knobs["R1"]) if self.R1 is not None else None,
             {name: turned(R.cpu(), knobs[f"R2 {name}"]) for name, R in self.R2.items()},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jqlib.hadamard import factors, hadamard_transform, transform_operations
 from jqlib.joint import orthogonality_error
-from jqlib.models import begin, done, family_of, head_dim_of, layers_of, linears_of, on_input, sites_of
+from jqlib.models import begin, done, family_of, head_dim_of, layers_of, linears_of, norms_of, on_input, sites_of
 from jqlib.smooth import apply_smoothing
 
 ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
@@ -152,7 +152,7 @@ def _rotate_online(model: nn.Module, layer: str, site) -> None:
 def _check_norm_scale(model: nn.Module, R1: Tensor | None, norm_scale: dict[str, Tensor]) -> None:
     if norm_scale and R1 is None:
         raise ValueError("norm_scale acts behind R1: give R1 too")
-    names = [f"{layer}.{site.readers[0]}" for layer, site in sites_of(model) if site.norm]
+    names = list(norms_of(model))
     for name, scale in norm_scale.items():
         if name not in names:
             raise ValueError(f"norm_scale names {name!r}; expected names such as {names[0]!r}")
