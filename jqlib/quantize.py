@@ -32,6 +32,7 @@ def quantize_model(
     gptq_inputs: str = "fp",
     a_clip: float | Clips = 1.0,
     o_per_head: bool = False,
+    a_groupsize: int | None = None,
 ) -> None:
     """Quantise all linears of the decoder layers and the activations they read, in place. 16 bits: left alone.
 
@@ -41,21 +42,22 @@ def quantize_model(
     ``gptq_inputs="quantised"``: GPTQ answers for inputs rounded to ``a_bits`` too, its own layer's and those before it;
     ``"corrected"``: and every weight aims at what it would have put out without any rounding (`jqlib.gptq.corrected`).
     ``a_clip`` shrinks every token's range, at all sites or by a site's first reader (0-dim tensors are read at every
-    call: `tune` changes them); ``o_per_head`` gives o_proj's input a grid a head.
+    call: `tune` changes them). A token's input has one grid, or one for each ``a_groupsize`` channels of it;
+    ``o_per_head`` gives o_proj's a grid a head.
 
-    Raises ValueError for bits outside 2..16, a group size below 1, a clip outside (0, 1] or GPTQ without
-    calibration data; RuntimeError for a model quantised already.
+    Raises ValueError for bits outside 2..16, a group size below 1 or that does not divide a site's channels, a clip
+    outside (0, 1] or GPTQ without calibration data; RuntimeError for a model quantised already.
     """
     clips = a_clip if isinstance(a_clip, dict) else dict.fromkeys(site_targets(model), a_clip)
     check_bits(w_bits=w_bits, a_bits=a_bits, kv_bits=kv_bits)
-    _check(model, w_groupsize, clips, weights, gptq_inputs)
+    _check(model, w_groupsize, a_groupsize, clips, weights, gptq_inputs)
     gptq = weights == "gptq" and w_bits < OFF
     if gptq and calib_data is None:
         raise ValueError("weights='gptq' needs calib_data: token windows, as get_calibration_data gives them")
     begin(model, "quantised")
     if kv_bits < OFF:
         factors(head_dim_of(model))  # raises where no Hadamard matrix has that size
-    round_inputs = partial(_round_inputs, model, a_bits, clips, o_per_head)
+    round_inputs = partial(_round_inputs, model, a_bits, clips, o_per_head, a_groupsize)
     inputs_first = gptq and gptq_inputs != "fp"
     if gptq:
         quantize_weights_gptq(
@@ -72,10 +74,14 @@ def quantize_model(
     done(model).add("quantised")
 
 
-def _check(model: nn.Module, w_groupsize: int, clips: Clips, weights: str, gptq_inputs: str) -> None:
+def _check(model, w_groupsize: int, a_groupsize: int | None, clips: Clips, weights: str, gptq_inputs: str) -> None:
     if w_groupsize < 1:
         raise ValueError(f"w_groupsize={w_groupsize}: a group holds at least 1 weight (128 is usual)")
-    if missing := [name for name in site_targets(model) if name not in clips]:
+    widths = {name: model.get_submodule(name).in_features for name in site_targets(model)}
+    for name, width in widths.items():
+        if a_groupsize is not None and (a_groupsize < 1 or width % a_groupsize):
+            raise ValueError(f"a_groupsize={a_groupsize} does not divide the {width} channels of {name}")
+    if missing := [name for name in widths if name not in clips]:
         raise ValueError(f"a_clip has no entry for {missing[0]}: give one number, or one for every site's first reader")
     if wrong := [clip for clip in clips.values() if not 0 < clip <= 1]:
         raise ValueError(f"a_clip={wrong[0]}: a clip ratio lies in (0, 1]")
@@ -92,10 +98,12 @@ def _round_to_nearest(model: nn.Module, bits: int, groupsize: int) -> None:
             weight.data = quantize_weight(weight, bits, groupsize).to(weight.dtype)
 
 
-def _round_inputs(model: nn.Module, bits: int, clips: Clips, o_per_head: bool, of_layer: str) -> None:
+def _round_inputs(
+    model: nn.Module, bits: int, clips: Clips, o_per_head: bool, a_groupsize: int | None, of_layer: str
+) -> None:
     """From now on the inputs of one layer's sites are rounded."""
     for layer, site in sites_of(model) if bits < OFF else []:
         if layer == of_layer:
-            groupsize = head_dim_of(model) if site.name == "o" and o_per_head else None
+            groupsize = head_dim_of(model) if site.name == "o" and o_per_head else a_groupsize
             clip = clips[f"{layer}.{site.readers[0]}"]
             on_input(model, layer, site, partial(quantize_activation, bits=bits, clip=clip, groupsize=groupsize))

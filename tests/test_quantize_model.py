@@ -38,25 +38,30 @@ def distinct(x) -> int:
 
 
 @pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize("o_per_head", [False, True])
-def test_every_linear_reads_sixteen_values_a_token(tiny_model, tokens, monkeypatch, orthogonal, rotated, o_per_head):
+@pytest.mark.parametrize(("o_per_head", "a_groupsize"), [(False, None), (True, None), (True, 16), (False, 16)])
+def test_every_linear_reads_sixteen_values_a_token(
+    tiny_model, tokens, monkeypatch, orthogonal, rotated, o_per_head, a_groupsize
+):
     model, batch = tiny_model(), tokens()
     if rotated:
         fuse_layer_norms(model)
         rotate_model(model, orthogonal(48), None)
     before = linear_inputs(model, batch, monkeypatch)
     assert all(distinct(before[name]) > 16 for name in NAMES)
-    quantize_model(model, 16, 4, a_clip=0.9, o_per_head=o_per_head)
+    quantize_model(model, 16, 4, a_clip=0.9, o_per_head=o_per_head, a_groupsize=a_groupsize)
     after = linear_inputs(model, batch, monkeypatch)
     assert set(after) == {*NAMES, "lm_head"}
     for name in NAMES:
-        x = after[name].view(-1, 8) if o_per_head and "o_proj" in name else after[name]
-        assert distinct(x) <= 16, name
+        size = 8 if o_per_head and "o_proj" in name else a_groupsize or after[name].shape[-1]
+        assert distinct(after[name].view(-1, size)) <= 16, name
+        assert a_groupsize is None or distinct(after[name]) > 16
     assert distinct(after["lm_head"]) > 16
     if o_per_head:
         assert distinct(after[NAMES[3]]) > 16
     first = NAMES[0]  # nothing before it is quantised: its input is the plain one, rounded
-    torch.testing.assert_close(after[first], quantize_activation(before[first], 4, 0.9), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        after[first], quantize_activation(before[first], 4, 0.9, a_groupsize), rtol=1e-4, atol=1e-5
+    )
     for reader in NAMES[1:3]:
         assert torch.equal(after[reader], after[first])
 
@@ -103,6 +108,8 @@ def test_bfloat16_stays(tiny_model, tokens):
     ({"w_bits": -4}, "w_bits=-4"),
     ({"w_groupsize": 0}, "w_groupsize=0: a group holds at least 1 weight"),
     ({"w_groupsize": -1}, "w_groupsize=-1"),
+    ({"a_groupsize": 0}, "a_groupsize=0 does not divide the 48 channels of model.layers.0.self_attn.q_proj"),
+    ({"a_groupsize": 32}, "a_groupsize=32 does not divide the 48 channels"),
     ({"a_clip": 0}, r"a_clip=0: a clip ratio lies in \(0, 1\]"),
     ({"a_clip": 1.5}, "a_clip=1.5"),
     ({"a_clip": torch.nan}, "a_clip=nan"),
