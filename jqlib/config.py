@@ -116,7 +116,7 @@ RECIPES = {
     ),
     "jointquant": Recipe("JointQuant", "mm", "mm", R4, ("o", "down"), 0.9, True),
     "jointquant-best": Recipe(
-        "JointQuant, best", "mm", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2", "quantised",
+        "JointQuant, best", "output", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2", "quantised",
         refine=(*ROTATIONS, "scale", "clip"), tune=True,
     ),
     "jointquant-online": Recipe(

@@ -1,4 +1,5 @@
-"""The loop of the two end-to-end stages (`refine`, `tune`): small steps by KL to the FP model's predictions.
+"""The loop of the stages that go by the loss (`output`, `refine`, `tune`): small steps, for the last two by KL to the
+FP model's predictions.
 
 SpinQuant (§3.2) learns its rotations end to end by the text's own loss; KL to the FP model's predictions (LLM-QAT,
 Liu et al. 2023) says more of each token.
@@ -52,7 +53,7 @@ def distill(
             for group in optimiser.param_groups:
                 group["lr"] = rates[group["kind"]] * min(1, (step + 1) / 5) * (1 - step / steps)
             optimiser.step()
-            bar.set_postfix(KL=f"{loss.item():.4f}", refresh=False)
+            bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
             if keep and (step + 1) % KEEP_EVERY == 0:
                 keep(_state(knobs, optimiser, step + 1))

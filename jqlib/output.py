@@ -27,7 +27,6 @@ from jqlib.refine import turned, working_copy
 from jqlib.solver import polar
 
 RATES = {"R1": 2.5e-3, "scale": 3e-2}  # Adam's
-STEPS = 150
 WEIGHT_NOISE = 0.006  # ρ at 4 bits: what GPTQ leaves of a weight's energy, about half of what RTN does
 BLOCK = 64  # channels of like gamma that the start gathers
 FLOOR = 1e-3  # of gamma, in the start
@@ -40,7 +39,7 @@ def train_r1_output(
     bits: int = 4,
     clip: float = 0.9,
     groupsize: int = 128,
-    steps: int = STEPS,
+    steps: int = 150,
     seed: int = 0,
     keep: Keep | None = None,
     resume: dict[str, Tensor] | None = None,
