@@ -42,6 +42,12 @@ def test_every_recipe_keeps_the_model_until_it_rounds(config, name):
     assert seconds >= 0
 
 
+def test_r1_goes_by_the_loss_where_the_run_has_steps_for_it(config):
+    assert pipeline.recipe_of(config, "jointquant-best").r1 == "output"
+    without = pipeline.recipe_of(replace(config, refine_steps=0, solver="cayley"), "jointquant-best")
+    assert (without.r1, without.r2) == ("cayley", "cayley")
+
+
 def test_a_refinement_is_kept_whole(config, capsys):
     recipe = RECIPES["jointquant-best"]
     (first, clips, _), (again, kept, _) = (pipeline.transform(config, recipe) for _ in range(2))
