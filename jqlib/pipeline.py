@@ -85,9 +85,9 @@ def r1(config: Config, solver: str, restart: int = 0) -> tuple[Tensor, dict]:
 
 
 def r1_output(config: Config, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor], dict]:
-    """R1 and the norms' scales by what rounding costs the readers (`jqlib.output`); an interrupted one goes on."""
+    """R1 and the norms' scales by what rounding costs the loss (`jqlib.output`); an interrupted one goes on."""
     depends = _depends(config, *FOR_OUTPUT) | {"a_clip": recipe.a_clip}
-    steps = 5 * config.refine_steps // 2  # they take less than half the time of refinement's
+    steps = 5 * config.refine_steps // 2  # one takes less than half the time of one of refinement's
 
     def make():
         state, keep = checkpoint(config.folder, "r1-output", depends)

@@ -1,4 +1,4 @@
-"""R1 and norm scales for the readers' output error: the cost predicts what rounding does, the stage lowers it."""
+"""R1 and norm scales by what rounding costs the loss: the cost predicts what rounding does, the stage lowers it."""
 
 import pytest
 import torch
