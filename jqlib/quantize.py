@@ -45,8 +45,8 @@ def quantize_model(
     call: `tune` changes them). A token's input has one grid, or one for each ``a_groupsize`` channels of it;
     ``o_per_head`` gives o_proj's a grid a head.
 
-    Raises ValueError for bits outside 2..16, a group size below 1, an ``a_groupsize`` that does not divide a site's channels,
-    a clip outside (0, 1] or GPTQ without calibration data; RuntimeError for a model quantised already.
+    Raises ValueError for bits outside 2..16, a group size below 1, an ``a_groupsize`` that does not divide a site's
+    channels, a clip outside (0, 1] or GPTQ without calibration data; RuntimeError for a model quantised already.
     """
     clips = a_clip if isinstance(a_clip, dict) else dict.fromkeys(site_targets(model), a_clip)
     check_bits(w_bits=w_bits, a_bits=a_bits, kv_bits=kv_bits)
