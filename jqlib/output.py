@@ -9,7 +9,7 @@ e = hR/s is what the loss feels of it. Per-token rounding adds to every channel 
 The weights' rounding acts as noise of a share ρ of the energy in each of their groups g, for which the loss pays about
 ½ ρ Σ_g (Σ_{j∈g} E z_j²)(mean_{j∈g} E e_j²), gradients at different outputs and tokens taken as unrelated. Both are
 summed over the sites behind norms of all layers. The loss is −Σ log p(y), y drawn from the model's own p: E hhᵀ is then
-the Fisher information of the input, and what the loss pays is KL to the model before rounding. Clipped ends are left out.
+the Fisher information of the input, and what it pays is KL to the model before rounding. Clipping is not counted.
 
 Scales undo what fusing gamma does (a norm that damped an outlier channel now lets it stretch the grid of all), with
 nothing online: they are gains of the norm in the rotated basis. That is why R1 must gather channels of like gamma.
@@ -81,7 +81,7 @@ def cost(z: Tensor, e: Tensor, bits: int, clip: float, groupsize: int) -> Tensor
 
 
 def gathered_start(model: nn.Module, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-    """A Hadamard matrix for each BLOCK of channels of like gain; as its scale the geometric mean of a norm's gains there.
+    """A Hadamard matrix for each BLOCK of channels of like gain; as its scale the geometric mean of the gains there.
 
     The order is that of the channels' part in the first principal component of log |gamma| over all norms.
     """
