@@ -33,15 +33,17 @@ def distill(
     """Adam on ``knobs``, in place; the first word of a knob's name is its kind, and ``rates`` has that kind's rate.
 
     ``loss_of``: the loss on token ids, (1, tokens). ``windows``: (windows, seqlen) of calibration text, cut into pieces
-    of TOKENS and taken in the order of ``seed``. Rates rise over 5 steps and fall linearly to 0. ``keep`` receives
-    the state every KEEP_EVERY steps, flat tensors by name, and ``resume`` goes on from one.
+    of TOKENS, or of seqlen where that is less, and taken in the order of ``seed``. Rates rise over 5 steps and fall
+    linearly to 0. ``keep`` receives the state every KEEP_EVERY steps, flat tensors by name, and ``resume`` goes on
+    from one.
 
     Raises FloatingPointError where the loss is not finite.
     """
     groups = [{"params": [knob], "kind": name.split()[0]} for name, knob in knobs.items()]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     first = _load(resume, knobs, optimiser) if resume else 0
-    pieces = pieces_of(windows)
+    length = min(TOKENS, windows.shape[1])
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
     with tqdm(desc=label, total=steps, initial=first, unit="step") as bar:
         for step in range(first, steps):
@@ -57,12 +59,6 @@ def distill(
             bar.update()
             if keep and (step + 1) % KEEP_EVERY == 0:
                 keep(_state(knobs, optimiser, step + 1))
-
-
-def pieces_of(windows: Tensor) -> Tensor:
-    """Windows (windows, seqlen) cut into pieces of TOKENS, or of seqlen where that is less: (pieces, length)."""
-    length = min(TOKENS, windows.shape[1])
-    return windows[:, : windows.shape[1] // length * length].reshape(-1, length)
 
 
 @torch.no_grad()

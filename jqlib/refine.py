@@ -73,8 +73,8 @@ def refine(
 
 
 def working_copy(model: nn.Module, fuse: bool) -> nn.Module:
-    """A copy; its linears in bfloat16 where the processor multiplies that faster."""
-    model = deepcopy(model)
+    """A copy whose weights want no gradient; its linears in bfloat16 where the processor multiplies that faster."""
+    model = deepcopy(model).requires_grad_(False)
     if fuse:
         fuse_layer_norms(model)
     if bfloat16_is_faster(model.device):
