@@ -6,17 +6,12 @@ import torch
 from jqlib import collect_activations, distill, fuse_layer_norms, rotate_model, site_targets
 from jqlib.hadamard import random_hadamard
 from jqlib.joint import orthogonality_error
-from jqlib.output import cost, gathered_start, inputs_and_gradients, train_r1_output
+from jqlib.output import _labels, cost, gathered_start, inputs_and_gradients, train_r1_output
 from jqlib.quant import quantize_activation
 from jqlib.refine import working_copy
 
 HIDDEN = 48
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """As on a processor without bfloat16."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 def test_the_cost_is_what_the_loss_feels_of_rounding():
@@ -60,6 +55,13 @@ def test_gradients_predict_the_divergence_that_small_noise_makes(tiny_model, tok
     handle.remove()
     measured = (reference.exp() * (reference - noisy)).sum(-1).mean().item()
     assert measured == pytest.approx(size**2 * h.square().sum(1).mean().item() / 2, rel=0.15)
+
+
+def test_labels_are_drawn_by_their_probabilities():
+    p = torch.tensor([0.5, 0.0, 0.25, 0.1, 0.15])
+    drawn = _labels(p.log().expand(50_000, 5), seed=3)
+    torch.testing.assert_close(drawn.bincount(minlength=5) / 50_000, p, rtol=0, atol=0.01)
+    assert not torch.equal(drawn, _labels(p.log().expand(50_000, 5), seed=4))
 
 
 def test_inputs_are_what_is_collected(tiny_model, tokens):

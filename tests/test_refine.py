@@ -9,12 +9,7 @@ from jqlib.refine import Simulation, working_copy
 from jqlib.smooth import compute_simple_smooth_scale
 
 HIDDEN, HEADS, KV = 48, 6, 2
-
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """As on a processor without bfloat16: differences of 1e-4 can be seen."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 @pytest.fixture

@@ -7,11 +7,7 @@ from jqlib import distill, quantize_model
 from jqlib.models import site_targets
 from jqlib.tune import Factor, tune
 
-
-@pytest.fixture(autouse=True)
-def float32(monkeypatch):
-    """As on a processor without bfloat16: differences of 1e-4 can be seen."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+pytestmark = pytest.mark.usefixtures("float32")
 
 
 @pytest.fixture
