@@ -126,7 +126,7 @@ def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[s
 
 
 def _labels(logits: Tensor, seed: int) -> Tensor:
-    """A label for each row of (tokens, vocabulary), drawn by its distribution; torch.multinomial takes ten times longer."""
+    """A label for each row of (tokens, vocabulary), by its distribution; torch.multinomial takes ten times longer."""
     generator = torch.Generator(logits.device).manual_seed(seed)
     upto = logits.softmax(-1).cumsum(-1)
     drawn = torch.rand(len(upto), 1, generator=generator, device=upto.device) * upto[:, -1:]
