@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from jqlib.config import HELP, KINDS, NOTEBOOKS, OPTIONAL, ROOT, Config, default_of, make_config
+from jqlib.config import HELP, KINDS, NOTEBOOKS, Config, make_config, output_folder
 
 PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
 INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_windows", "calib_dataset", "eval_dataset",
@@ -29,11 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     info_parser.add_argument("model", help=HELP["model"])
     info_parser.add_argument("--profile", default=Config.profile, help=HELP["profile"])
     report_parser = commands.add_parser("report", help="the rows of notebook 05 of all models and runs under a folder")
-    report_parser.add_argument("output_dir", type=Path, nargs="?", default=Path(Config.output_dir))
+    report_parser.add_argument("output_dir", type=Path, nargs="?", help="(jointquant_output of this project)")
     arguments = parser.parse_args(argv)
     try:
         if arguments.command == "report":
-            return report(arguments.output_dir)
+            return report(arguments.output_dir or output_folder())
         if arguments.command == "sweep":
             return sweep(arguments)
         if arguments.command == "info":
@@ -102,14 +102,24 @@ def with_absolute_paths(parameters: dict) -> dict:
 
 
 def check_inputs(config: Config) -> None:
-    """A model that is missing or not supported, or a text too short, fails here and not after an hour."""
+    """A device or model that is missing or not supported, or a text too short, fails here and not after an hour."""
+    import torch
+
     from jqlib.data import get_evaluation_windows
     from jqlib.models import get_tokenizer, load_config
     from jqlib.pipeline import load_calibration
 
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device={config.device!r} can't be used here: {str(error).splitlines()[0]}") from error
     load_config(config.model)
     load_calibration(config)
-    get_evaluation_windows(get_tokenizer(config.model), config.eval_dataset, config.seqlen, config.eval_windows)
+    windows = config.eval_windows or None
+    get_evaluation_windows(get_tokenizer(config.model), config.eval_dataset, config.seqlen, windows)
+    text = config.eval_dataset
+    if text == config.calib_dataset and Path(text or "").is_file():
+        print(f"warning: {text} is both calibrated on and evaluated on: expect perplexities that are too good")
 
 
 def select_notebooks(only: str | None) -> list[Path]:
@@ -163,7 +173,7 @@ def sweep(arguments: argparse.Namespace) -> int:
     from jqlib import sweep
 
     sweep.require_dask()
-    folder = arguments.output_dir or ROOT / os.environ.get("JOINTQUANT_OUTPUT", Config.output_dir) / "sweep"
+    folder = arguments.output_dir or output_folder() / "sweep"
     run_files = {path: read_run_file(path) for path in arguments.files}
     runs = sweep.plan(run_files, arguments.values, folder.expanduser().absolute())
     runs = {name: with_absolute_paths(parameters) for name, parameters in runs.items()}
@@ -215,13 +225,11 @@ def _count(text: str) -> int:
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:
-    default = default_of(name)
+    default = getattr(Config, name)
     options = {"dest": name, "default": argparse.SUPPRESS, "help": f"{HELP[name]} ({default})".replace("%", "%%")}
     if KINDS[name] is bool:  # --use_smooth, --use_smooth False, --no-use_smooth
         parser.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, **options)
         parser.add_argument(f"--no-{name}", action="store_false", dest=name, default=argparse.SUPPRESS)
-    elif name in OPTIONAL and KINDS[name] is int:
-        parser.add_argument(f"--{name}", type=lambda text: None if text.lower() == "none" else int(text), **options)
     else:
         parser.add_argument(f"--{name}", type=KINDS[name], **options)
 

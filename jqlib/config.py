@@ -2,13 +2,13 @@
 
 A notebook's ``parameters`` cell, a run file and a command-line flag all use the names of `Config`'s fields.
 Where several give a value, a flag beats the profile, the profile beats the model's preset, the preset beats
-the field's default (the specification's).
+the field's default.
 """
 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,18 @@ class Config:
 
     model: str = _setting("meta-llama/Llama-3.2-1B", "hub id, local folder, .gguf file or smollm2-135m")
     profile: str = _setting("full", "how much work: quick, standard or full")
-    recipe: str = _setting("jointquant", "the method that notebook 05 puts beside the baselines")
+    recipe: str = _setting("jointquant", "a method that notebook 05 shows besides those it always has")
     nsamples: int = _setting(128, "calibration windows")
     seqlen: int = _setting(2048, "tokens a window, in calibration and in evaluation")
     max_tokens: int = _setting(2048, "tokens a site that the solvers see")
-    eval_windows: int | None = _setting(None, "windows of the test text; None is all of them")
+    eval_windows: int = _setting(0, "windows of the test text; 0 is all of them")
     r1_lr: float = _setting(1e-3, "learning rate for R1 of sgd, adam and cayley; the joint solver needs none")
     r1_epochs: int = _setting(10, "epochs for R1 of sgd, adam and cayley")
     r2_lr: float = _setting(1e-3, "learning rate for R2 of sgd, adam and cayley")
     r2_epochs: int = _setting(5, "epochs for R2 of sgd, adam and cayley")
-    solver: str = _setting("mm", "R1's and R2's solver: mm (joint), sgd (DartQuant's), adam, cayley or greedy")
-    objective: str = _setting("whip", "what a rotation minimises: whip, range, kurtosis, lp or quant_error")
-    init_mode: str = _setting("hadamard", "start of R1 and R2: hadamard, random or identity")
+    solver: str = _setting("mm", "R1's and R2's solver: mm (joint), sgd (DartQuant's), adam, cayley, greedy")
+    objective: str = _setting("whip", "what a solver minimises: whip, range, kurtosis, lp or quant_error (4 bits)")
+    init_mode: str = _setting("hadamard", "a solver's start: hadamard, random or identity")
     refine_steps: int = _setting(200, "steps of an end-to-end stage, in recipes with one; 0 leaves them out")
     use_smooth: bool = _setting(True, "smooth the inputs of o_proj and down_proj")
     smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
@@ -51,7 +51,7 @@ class Config:
     seed: int = _setting(0, "seed of windows, token samples and starts")
     device: str = _setting("cpu", "torch device, such as cpu or cuda")
     dtype: str = _setting("float32", "of the model: float32, bfloat16 or float16")
-    output_dir: str = _setting("./jointquant_output", "where results go; relative to the repository")
+    output_dir: str = _setting("./jointquant_output", "where results go; in a notebook, relative to the repository")
 
     def __post_init__(self):
         for name, kind in KINDS.items():
@@ -70,9 +70,8 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        """Where this model's results go: ``<output_dir>/<model slug>``. ``JOINTQUANT_OUTPUT`` moves output_dir."""
-        output = os.environ.get("JOINTQUANT_OUTPUT", self.output_dir)
-        return ROOT / Path(output).expanduser() / slug(self.model)
+        """Where this model's results go: ``<output_dir>/<model slug>``."""
+        return output_folder(self.output_dir) / slug(self.model)
 
 
 @dataclass(frozen=True)
@@ -95,53 +94,50 @@ class Recipe:
 
 
 R4, EVERYWHERE = ("down",), ("qkv", "o", "ug", "down")
-ROTATIONS = ("R1", "R2")  # learned by `refine`
+QUAROT = Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", R4, a_clip=0.9)
+QUAROT_BEST = replace(QUAROT, label="QuaRot, best", o_per_head=True, weights="gptq")
+DARTQUANT = Recipe(
+    "DartQuant (R2 as published: never steps)", "sgd", "hadamard", R4, a_clip=0.9, o_per_head=True, objective="whip"
+)
+JOINTQUANT = Recipe("JointQuant", "mm", "mm", R4, smooth=("o", "down"), a_clip=0.9, o_per_head=True)
+BEST = replace(
+    JOINTQUANT, label="JointQuant, best", r1="output", objective="range", weights="gptq", measure="l2",
+    gptq_inputs="quantised", refine=("R1", "R2", "scale", "clip"), tune=True,
+)  # fmt: skip
 RECIPES = {
     "rtn": Recipe("RTN"),
     "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
-    "quarot": Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", R4, a_clip=0.9),
-    "quarot-best": Recipe("QuaRot, best", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq"),
-    "quarot-tuned": Recipe(
-        "QuaRot, best, tuned", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq", tune=True
-    ),
+    "quarot": QUAROT,
+    "quarot-best": QUAROT_BEST,
+    "quarot-tuned": replace(QUAROT_BEST, label="QuaRot, best, tuned", tune=True),
     "quip": Recipe("QuIP (Hadamard online everywhere)", online=EVERYWHERE, a_clip=0.9),
-    "dartquant": Recipe("DartQuant (R2 as published: never steps)", "sgd", "hadamard", R4, (), 0.9, True, "whip"),
-    "dartquant-r2": Recipe("DartQuant (R2 as meant)", "sgd", "sgd", R4, (), 0.9, True, "whip"),
-    "spinquant": Recipe(
-        "SpinQuant (end to end)", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq", refine=ROTATIONS
+    "dartquant": DARTQUANT,
+    "dartquant-r2": replace(DARTQUANT, label="DartQuant (R2 as meant)", r2="sgd"),
+    "spinquant": replace(QUAROT_BEST, label="SpinQuant (end to end)", refine=("R1", "R2")),
+    "ostquant": replace(
+        QUAROT_BEST, label="OSTQuant-like (end to end, with scales)", refine=("R1", "R2", "scale")
     ),
-    "ostquant": Recipe(
-        "OSTQuant-like (end to end, with scales)", "hadamard", "hadamard", R4, (), 0.9, True, weights="gptq",
-        refine=(*ROTATIONS, "scale"),
-    ),
-    "jointquant": Recipe("JointQuant", "mm", "mm", R4, ("o", "down"), 0.9, True),
-    "jointquant-best": Recipe(
-        "JointQuant, best", "output", "mm", R4, ("o", "down"), 0.9, True, "range", "gptq", "l2", "quantised",
-        refine=(*ROTATIONS, "scale", "clip"), tune=True,
-    ),
-    "jointquant-online": Recipe(
-        "JointQuant, online", None, "mm", ("qkv", "ug", "down"), EVERYWHERE, 0.9, True, "range", "gptq", "l2",
-        "quantised", refine=("R2", "scale", "clip"), tune=True,
+    "jointquant": JOINTQUANT,
+    "jointquant-best": BEST,
+    "jointquant-online": replace(
+        BEST, label="JointQuant, online", r1=None, online=("qkv", "ug", "down"), smooth=EVERYWHERE,
+        refine=("R2", "scale", "clip"),
     ),
 }  # fmt: skip
 
 PROFILES = {
     "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_windows": 4, "refine_steps": 20},
     "standard": {"nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_windows": 4, "refine_steps": 60},
-    "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": None},
+    "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": 0},
 }
 
-PRESETS = {
-    "smollm2-135m": {},
-    "meta-llama/Llama-3.2-1B": {},
-    "meta-llama/Meta-Llama-3-8B": {"dtype": "bfloat16"},
-}
+PRESETS = {"meta-llama/Meta-Llama-3-8B": {"dtype": "bfloat16"}}
 
 HELP = {f.name: f.metadata["help"] for f in fields(Config)}
 KINDS = {f.name: f.type if isinstance(f.type, type) else f.type.__args__[0] for f in fields(Config)}
 OPTIONAL = {f.name for f in fields(Config) if not isinstance(f.type, type)}
 LIMITS = [
-    ("nsamples", 1, 1e6), ("seqlen", 2, 1e6), ("max_tokens", 1, 1e9), ("eval_windows", 1, 1e9),
+    ("nsamples", 1, 1e6), ("seqlen", 2, 1e6), ("max_tokens", 1, 1e9), ("eval_windows", 0, 1e9),
     ("r1_lr", 0, 1e9), ("r2_lr", 0, 1e9), ("r1_epochs", 1, 1e6), ("r2_epochs", 1, 1e6), ("smooth_alpha", 0, 1),
     ("refine_steps", 0, 1e6), ("w_bits", 2, 16), ("a_bits", 2, 16), ("kv_bits", 2, 16), ("w_groupsize", 1, 1e9),
     ("seed", 0, 2**31),
@@ -198,6 +194,7 @@ def slug(model: str) -> str:
     return re.sub(r"[^\w.\-]+", "-", name)
 
 
-def default_of(name: str):
-    """A field's default: the specification's."""
-    return getattr(Config, name)
+def output_folder(output_dir: str = Config.output_dir) -> Path:
+    """Where all results go; a relative path is relative to ROOT. ``JOINTQUANT_OUTPUT`` moves the default."""
+    moved = os.environ.get("JOINTQUANT_OUTPUT", output_dir) if output_dir == Config.output_dir else output_dir
+    return ROOT / Path(moved).expanduser()

@@ -80,7 +80,7 @@ def _working_memory(config: Config, model: nn.Module) -> tuple[int, int]:
 def _memory(config: Config, model: nn.Module, weights: int) -> list[str]:
     samples, solver = _working_memory(config, model)
     return [
-        f"memory: {weights / 1e9:.1f} GB of weights in {config.dtype} (held twice while rows are compared), "
+        f"memory: {weights / 1e9:.1f} GB of weights in {config.dtype} (held up to three times), "
         f"{samples / 1e9:.1f} GB of token samples, {solver / 1e9:.2f} GB for the solver"
     ]
 
@@ -92,7 +92,7 @@ def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list
     return [
         f"time at {speed / 1e9:.0f} billion operations a second ({config.device}): {calibration:.0f} s to collect "
         f"activations, {window:.1f} s a window of perplexity, of which a row takes "
-        f"{'all of the test text' if config.eval_windows is None else config.eval_windows}"
+        f"{config.eval_windows or 'all of the test text'}"
     ]
 
 

@@ -7,9 +7,10 @@ e = hR/s is what the loss feels of it. Per-token rounding adds to every channel 
     ½ mean_t ω_t² ‖e_t‖² / (12(2^b − 1)²).
 
 The weights' rounding acts as noise of a share ρ of the energy in each of their groups g, for which the loss pays about
-½ ρ Σ_g (Σ_{j∈g} E z_j²)(mean_{j∈g} E e_j²), gradients at different outputs and tokens taken as unrelated. Both are
-summed over the sites behind norms of all layers. The loss is −Σ log p(y), y drawn from the model's own p: E hhᵀ is then
-the Fisher information of the input, and what it pays is KL to the model before rounding. Clipping is not counted.
+½ ρ Σ_g (Σ_{j∈g} E z_j²)(mean_{j∈g} E e_j²), gradients at different outputs and tokens taken as unrelated to each other
+and to the inputs. Both are summed over the sites behind norms of all layers. The loss is −Σ log p(y), y drawn from the
+model's own p: E hhᵀ is then the Fisher information of the input, and what it pays is KL to the model before rounding.
+Clipping is not counted.
 
 Scales undo what fusing gamma does (a norm that damped an outlier channel now lets it stretch the grid of all), with
 nothing online: they are gains of the norm in the rotated basis. That is why R1 must gather channels of like gamma.
@@ -28,7 +29,7 @@ from jqlib.refine import turned, working_copy
 from jqlib.solver import polar
 
 RATES = {"R1": 2.5e-3, "scale": 3e-2}  # Adam's
-WEIGHT_NOISE = 0.006  # ρ at 4 bits: noise of GPTQ's effect at the outputs, about half of RTN's
+WEIGHT_NOISE = 0.006  # ρ at 4 bits, a quarter for each bit more: noise of GPTQ's effect at the outputs, half of RTN's
 BLOCK = 64  # channels of like gamma that the start gathers
 FLOOR = 1e-3  # of gamma, in the start
 
@@ -37,7 +38,8 @@ def train_r1_output(
     model: nn.Module,
     windows: Tensor,
     *,
-    bits: int = 4,
+    a_bits: int = 4,
+    w_bits: int = 4,
     clip: float = 0.9,
     groupsize: int = 128,
     steps: int = 150,
@@ -48,8 +50,8 @@ def train_r1_output(
     """R1, (hidden, hidden), and the norms' scales, ``{first reader: (hidden,)}``, as `rotate_model` takes them.
 
     ``model``: as loaded; it is copied, not changed. ``windows``: (windows, seqlen) of calibration text: each step goes
-    by the inputs of all sites, and the gradients there, on another piece of it. ``bits`` and ``clip`` are the
-    activations', ``groupsize`` the weights'; the rest as `distill` takes them.
+    by the inputs of all sites, and the gradients there, on another piece of it. ``clip`` is the activations',
+    ``groupsize`` the weights'; the rest as `distill` takes them.
 
     Raises FloatingPointError where the loss is not finite.
     """
@@ -63,7 +65,7 @@ def train_r1_output(
         R, costs = turned(R1, knobs["R1"]), []
         for name, (x, h) in inputs_and_gradients(model, ids.to(model.device), seed).items():
             scale = knobs[f"scale {name}"].exp()
-            costs.append(cost(x @ R * scale, h @ R / scale, bits, clip, groupsize))
+            costs.append(cost(x @ R * scale, h @ R / scale, a_bits, w_bits, clip, groupsize))
         return torch.stack(costs).sum()
 
     distill(knobs, loss, windows, RATES, label="output", steps=steps, seed=seed, keep=keep, resume=resume)
@@ -71,12 +73,12 @@ def train_r1_output(
     return R1, {name: knobs[f"scale {name}"].detach().exp().cpu() for name in scales}
 
 
-def cost(z: Tensor, e: Tensor, bits: int, clip: float, groupsize: int) -> Tensor:
+def cost(z: Tensor, e: Tensor, a_bits: int, w_bits: int, clip: float, groupsize: int) -> Tensor:
     """Nats a token that rounding a site's z = xR∘s and its readers' weights costs; z and e = hR/s: (tokens, n)."""
     width = clip * (z.amax(1) - z.amin(1))
-    activations = (width.square() * e.square().sum(1)).mean() / (12 * (2**bits - 1) ** 2)
+    activations = (width.square() * e.square().sum(1)).mean() / (12 * (2**a_bits - 1) ** 2)
     groups = zip(z.square().mean(0).split(groupsize), e.square().mean(0).split(groupsize), strict=True)
-    weights = WEIGHT_NOISE * sum(energy.sum() * felt.mean() for energy, felt in groups)
+    weights = WEIGHT_NOISE * 4.0 ** (4 - w_bits) * sum(energy.sum() * felt.mean() for energy, felt in groups)
     return (activations + weights) / 2
 
 

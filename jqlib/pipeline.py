@@ -29,7 +29,7 @@ from jqlib.smooth import compute_simple_smooth_scale
 from jqlib.store import artifact, checkpoint, peak_rss_bytes
 from jqlib.tune import tune
 
-FOR_OUTPUT = ("a_bits", "w_groupsize", "refine_steps")  # settings that the objective `output` goes by
+FOR_OUTPUT = ("a_bits", "w_bits", "w_groupsize", "refine_steps")  # settings that the objective `output` goes by
 
 
 def load_model(config: Config):
@@ -92,8 +92,8 @@ def r1_output(config: Config, recipe: Recipe) -> tuple[Tensor, dict[str, Tensor]
     def make():
         state, keep = checkpoint(config.folder, "r1-output", depends)
         R1, scales = train_r1_output(
-            load_model(config), _text_for(config, steps), bits=config.a_bits, clip=recipe.a_clip,
-            groupsize=config.w_groupsize, steps=steps, seed=config.seed, keep=keep, resume=state,
+            load_model(config), _text_for(config, steps), a_bits=config.a_bits, w_bits=config.w_bits,
+            clip=recipe.a_clip, groupsize=config.w_groupsize, steps=steps, seed=config.seed, keep=keep, resume=state,
         )  # fmt: skip
         return {"R1": R1} | scales, {}
 
@@ -199,7 +199,7 @@ def transform(config: Config, recipe: Recipe):
     R2, for_r2 = r2(config, r2_solver, scales) if recipe.r2 else ({}, {})
     seconds = smoothing.get("seconds", 0.0) + sum(part.get("train_seconds", 0.0) for part in (for_r1, for_r2))
     seconds += max(part.get("collect_seconds", 0.0) for part in (for_r1, for_r2))  # one pass serves both
-    found = Refined(R1, R2, norm_scale, scales, recipe.a_clip)
+    found = Refined(R1, R2, norm_scale, scales, {})
     if recipe.refine and config.refine_steps:
         found, refinement = refined(config, recipe, found)
         seconds += refinement["seconds"]
@@ -208,15 +208,15 @@ def transform(config: Config, recipe: Recipe):
         fuse_layer_norms(model)
     rotate_model(
         model, found.R1, found.R2, found.smooth_scale,
-        norm_scale=found.norm_scale, r4="down" in recipe.online, online=recipe.online,
+        norm_scale=found.norm_scale, r4=False, online=recipe.online,
     )  # fmt: skip
-    return model, found.clips, seconds
+    return model, found.clips or dict.fromkeys(site_targets(model), recipe.a_clip), seconds
 
 
 @lru_cache(maxsize=1)
 def _transformed(config: Config, recipe: Recipe | None):
     """`transform`, kept for the next row of the same recipe: copy it before changing it."""
-    return transform(config, recipe) if recipe else (load_model(config), 1.0, 0.0)
+    return transform(config, recipe) if recipe else (load_model(config), {}, 0.0)
 
 
 def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) -> dict:
@@ -245,7 +245,7 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
             seconds += time.perf_counter() - start
         ppl = evaluate_perplexity(
             model, models.get_tokenizer(config.model), config.device,
-            dataset=config.eval_dataset, seqlen=config.seqlen, max_windows=config.eval_windows,
+            dataset=config.eval_dataset, seqlen=config.seqlen, max_windows=config.eval_windows or None,
         )  # fmt: skip
         online = online_operations(model, recipe.online if recipe else ())
         return {}, _row(ppl, config.seqlen) | {
@@ -263,7 +263,6 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
 
 def _quantise(config: Config, recipe: Recipe, model, clips, calib_data, *, weights: str, w_bits: int, **bits: int):
     """`quantize_model` as recipe and run have it; returns the clips of its sites, tensors that `tune` changes."""
-    clips = clips if isinstance(clips, dict) else dict.fromkeys(site_targets(model), clips)
     clips = {name: torch.tensor(clip, device=model.device) for name, clip in clips.items()}
     quantize_model(
         model, w_bits, w_groupsize=config.w_groupsize, weights="rtn" if weights == "none" else weights,
@@ -288,10 +287,10 @@ def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
 def protocol(config: Config) -> dict:
     """How the perplexities of a run were measured: goes beside every table."""
     default = models.get_tokenizer(config.model).default_dataset
-    windows = "all" if config.eval_windows is None else config.eval_windows
     return {
-        "dataset": config.eval_dataset or default, "split": "test", "seqlen": config.seqlen, "windows": windows,
-        "bos": False, "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
+        "dataset": config.eval_dataset or default, "split": "test", "seqlen": config.seqlen,
+        "windows": config.eval_windows or "all", "bos": False,
+        "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
         "not_quantised": "embeddings, lm_head" + (", KV cache" if config.kv_bits == OFF else ""),
     }  # fmt: skip
 

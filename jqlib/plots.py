@@ -88,7 +88,7 @@ def what_4_bits_sees(tokens: Mapping[str, np.ndarray], bits: int = 4) -> Figure:
         for axis, (name, token) in zip(axes[0], tokens.items(), strict=True):
             rounded = quantize_activation(torch.from_numpy(token.copy())[None], bits)[0].numpy()
             step = (max(token.max(), 0) - min(token.min(), 0)) / (2**bits - 1)
-            for level in step * (np.arange(2**bits) + np.round(min(token.min(), 0) / step)):
+            for level in [] if bits > 6 else step * (np.arange(2**bits) + np.round(min(token.min(), 0) / step)):
                 axis.axhline(level, color="0.85", lw=0.8, zorder=0)
             error = ((rounded - token) ** 2).sum() / (token**2).sum()
             axis.plot(token, ".", ms=3, label="activation")

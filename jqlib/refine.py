@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jqlib.distill import Keep, bfloat16_is_faster, distill, divergence, low_precision, predictions
+from jqlib.distill import Keep, distill, divergence, low_precision, predictions
 from jqlib.hadamard import hadamard_transform
-from jqlib.models import norms_of, on_input, site_targets, sites_of
+from jqlib.models import linears_of, norms_of, on_input, site_targets, sites_of
 from jqlib.quant import quantize_activation
 from jqlib.rotation import fuse_layer_norms
 from jqlib.smooth import expand_to_heads
@@ -73,14 +73,13 @@ def refine(
 
 
 def working_copy(model: nn.Module, fuse: bool) -> nn.Module:
-    """A copy whose weights want no gradient; its linears in bfloat16 where the processor multiplies that faster."""
+    """A copy whose weights want no gradient; off the CPU its layers' linears are bfloat16, as `low_precision` wants."""
     model = deepcopy(model).requires_grad_(False)
     if fuse:
         fuse_layer_norms(model)
-    if bfloat16_is_faster(model.device):
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                module.bfloat16()
+    if model.device.type != "cpu":
+        for linear in linears_of(model):
+            linear.bfloat16()
     return model
 
 

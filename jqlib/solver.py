@@ -4,7 +4,9 @@
 depend on R. So minimising f is maximising a convex function, and its linearisation gives a step that can only
 descend (minorise–maximise; Journée et al. 2010), with no learning rate:
 
-    R⁺ = polar( λ XᵀX R − ∇f(R) ),    polar(M) = UVᵀ of M's singular value decomposition.
+    R⁺ = polar( λ XᵀX R − ∇f(R) ),    polar(M) = UVᵀ of M's singular value decomposition,
+
+XᵀX and ∇f being means over tokens.
 
 A smaller λ goes further: we start at ‖∇f‖ / ‖XᵀXR‖ (for Whip about 0.3).
 

@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from jqlib.config import KINDS, OPTIONAL, Config, make_config, slug
+from jqlib.config import KINDS, Config, make_config, slug
 from jqlib.job import end, execute, log_of, state_of
 
 
@@ -58,8 +58,6 @@ def read_values(texts: list[str]) -> dict[str, list]:
 
 def _value(name: str, text: str):
     kind = KINDS[name]
-    if name in OPTIONAL and text.lower() == "none":
-        return None
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):

@@ -80,13 +80,6 @@ def tokenizer():
 
 
 @pytest.fixture
-def float32(monkeypatch):
-    """The stages by the loss compute as where bfloat16 is not faster: differences of 1e-4 can be seen."""
-    for module in ("distill", "refine"):
-        monkeypatch.setattr(f"jqlib.{module}.bfloat16_is_faster", lambda device: False)
-
-
-@pytest.fixture
 def double_norms(monkeypatch):
     """transformers computes an RMSNorm in float32 whatever the model's dtype: here in the input's, to see 1e-9."""
 

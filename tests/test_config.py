@@ -68,6 +68,7 @@ def test_output_folder(tmp_path, monkeypatch):
     assert make_config({"output_dir": str(tmp_path)}).folder == tmp_path / "meta-llama--Llama-3.2-1B"
     monkeypatch.setenv("JOINTQUANT_OUTPUT", str(tmp_path / "moved"))
     assert make_config({}).folder.parent == tmp_path / "moved"
+    assert make_config({"output_dir": str(tmp_path)}).folder.parent == tmp_path  # what is given beats it
 
 
 @pytest.mark.parametrize(

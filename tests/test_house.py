@@ -1,6 +1,7 @@
 """The shape of the house: notebooks tied to config.py, imports without circles, documents that hold."""
 
 import ast
+import dis
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import papermill
 import pytest
 import yaml
 
-from jqlib.config import HELP, KINDS, NOTEBOOKS, ROOT, default_of, make_config
+from jqlib.config import HELP, KINDS, NOTEBOOKS, ROOT, Config, make_config
 from jqlib.store import METHOD
 
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
@@ -36,7 +37,7 @@ def test_parameters_are_config_fields_with_their_help(name):
         if parameter in ("model", "profile"):
             assert value == {"model": "smollm2-135m", "profile": "quick"}[parameter]
         else:
-            assert value is None or value == default_of(parameter)
+            assert value is None or value == getattr(Config, parameter)
 
 
 def test_every_setting_is_a_parameter_of_some_notebook():
@@ -49,6 +50,15 @@ def test_cells_are_short_and_the_last_asserts(name):
     code = [cell.source for cell in read(name).cells if cell.cell_type == "code"]
     assert max(source.count("\n") + 1 for source in code if not source.startswith("model: str")) <= 25
     assert "assert " in code[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_cell_overwrites_a_parameter(name):
+    """`config_of(globals())` would take it for the user's at a second run of all cells."""
+    cells = [cell for cell in read(name).cells if cell.cell_type == "code"]
+    others = [cell.source for cell in cells if "parameters" not in cell.metadata.get("tags", [])]
+    code = dis.get_instructions(compile("\n".join(others), name, "exec"))
+    assert not {step.argval for step in code if step.opname == "STORE_NAME"} & set(KINDS)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "runs").glob("*.yaml")), ids=lambda p: p.name)

@@ -9,7 +9,6 @@ from jqlib.refine import Simulation, working_copy
 from jqlib.smooth import compute_simple_smooth_scale
 
 HIDDEN, HEADS, KV = 48, 6, 2
-pytestmark = pytest.mark.usefixtures("float32")
 
 
 @pytest.fixture

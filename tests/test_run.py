@@ -3,7 +3,8 @@
 import nbformat
 import pytest
 
-from jqlib.__main__ import main, read_run_file, select_notebooks, with_absolute_paths, write_html
+from jqlib.__main__ import check_inputs, main, read_run_file, select_notebooks, with_absolute_paths, write_html
+from jqlib.config import make_config
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def calls(monkeypatch):
         (["--use_smooth"], {"use_smooth": True}),
         (["--use_smooth", "False"], {"use_smooth": False}),
         (["--no-use_smooth"], {"use_smooth": False}),
-        (["--eval_windows", "none"], {"eval_windows": None}),
+        (["--eval_windows", "0"], {"eval_windows": 0}),
         (["--r1_lr", "1e-2", "--smooth_alpha", "1"], {"r1_lr": 0.01, "smooth_alpha": 1.0}),
     ],
 )
@@ -57,6 +58,7 @@ BAD = [
         None,
         "error: the test text of 'wiki' has 138,793 tokens: ",
     ),
+    (["--model", "smollm2-135m", "--device", "banana"], None, "error: device='banana' can't be used here: "),
     (["--model", "smollm2-135m", "--calib_dataset", "nope.txt"], None, "error: data set 'nope.txt' is unknown"),
     ([], "modle: smollm2-135m", "error: unknown parameter 'modle'; there are model"),
     ([], "- a list", "error: run file "),
@@ -71,6 +73,16 @@ def test_refused_before_anything_runs(flags, file, message, tmp_path, capsys):
     assert main(["run", *flags, "--output_dir", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "out").exists()
+
+
+def test_calibrating_on_the_test_text_is_said(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike. " * 200)
+    small = {"model": "smollm2-135m", "profile": "quick", "nsamples": 1, "seqlen": 32, "eval_windows": 1}
+    check_inputs(make_config(small | {"calib_dataset": str(text)}))
+    assert "warning" not in capsys.readouterr().out
+    check_inputs(make_config(small | {"calib_dataset": str(text), "eval_dataset": str(text)}))
+    assert capsys.readouterr().out.startswith(f"warning: {text} is both calibrated on and evaluated on")
 
 
 def test_a_missing_run_file_is_named(tmp_path):

@@ -184,8 +184,8 @@ def test_a_run_at_work_is_not_started_twice(run_file, tmp_path, capsys):
 
 
 def test_values_are_read_as_their_parameter_is():
-    assert read_values(["seed=0,2", "use_smooth=True,false", "eval_windows=none,3", "r1_lr=1e-3", "model=a/b"]) == {
-        "model": ["a/b"], "eval_windows": [None, 3], "r1_lr": [0.001], "use_smooth": [True, False], "seed": [0, 2],
+    assert read_values(["seed=0,2", "use_smooth=True,false", "eval_windows=0,3", "r1_lr=1e-3", "model=a/b"]) == {
+        "model": ["a/b"], "eval_windows": [0, 3], "r1_lr": [0.001], "use_smooth": [True, False], "seed": [0, 2],
     }  # fmt: skip
 
 

@@ -7,8 +7,6 @@ from jqlib import distill, quantize_model
 from jqlib.models import site_targets
 from jqlib.tune import Factor, tune
 
-pytestmark = pytest.mark.usefixtures("float32")
-
 
 @pytest.fixture
 def quantised(tiny_model):
