@@ -47,8 +47,7 @@ def execute(name: str, job: dict, topic: str, slots: dict[str, int]) -> dict:
     threads = str(max(1, CPU_COUNT // slots.get(worker.address, worker.state.nthreads)))
     if worker.address.startswith("inproc"):  # the user's own setting; on a cluster it is Dask's, always 1
         threads = os.environ.get("OMP_NUM_THREADS", threads)
-    environment = {key: value for key, value in os.environ.items() if key != "JOINTQUANT_OUTPUT"}  # beats output_dir
-    environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     file = folder_of(job) / "run.yaml"
     write(file, lambda path: path.write_text(yaml.safe_dump(job["parameters"], sort_keys=False), encoding="utf-8"))
     command = [sys.executable, "-m", "jqlib", "run", "-f", str(file), "--only", job["only"]]
