@@ -113,7 +113,7 @@ def _hooks(model: nn.Module, targets: list[str], record, raw: bool) -> list:
         )
     norm_of = {
         f"{layer}.{reader}": f"{layer}.{site.norm}"
-        for layer, site in sites_of(model) if site.norm for reader in site.readers
+        for layer, site in sites_of(model).values() if site.norm for reader in site.readers
     }  # fmt: skip
     handles = []
     for name in targets:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from jqlib.config import Config
 from jqlib.hadamard import factors
-from jqlib.models import R1_SITES, family_of, head_dim_of, linears_of, load_config, sites_of
+from jqlib.models import R1_SITES, family_of, head_dim_of, linears_of, load_config, site_targets, sites_of
 
 PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the runner is one, a kernel another
 
@@ -38,8 +38,7 @@ def describe(config: Config) -> str:
 
 
 def _sites(model: nn.Module) -> list[str]:
-    layer, _ = sites_of(model)[0]
-    width = {site: model.get_submodule(f"{layer}.{site.readers[0]}").in_features for site in family_of(model).sites}
+    width = {site: model.get_submodule(name).in_features for name, (_, site) in sites_of(model).items()}
     return [f"site {site.name:5s} {n:6d} channels, read by {', '.join(site.readers)}" for site, n in width.items()]
 
 
@@ -70,10 +69,8 @@ def _without_weights(config: Config) -> nn.Module:
 
 def _working_memory(config: Config, model: nn.Module) -> tuple[int, int]:
     """Bytes of the token samples, and of the solver."""
-    samples = sum(
-        model.get_submodule(f"{layer}.{site.readers[0]}").in_features * config.max_tokens * 4
-        for layer, site in sites_of(model, *R1_SITES, "o")
-    )
+    sampled = site_targets(model, *R1_SITES, "o")
+    samples = sum(model.get_submodule(name).in_features * config.max_tokens * 4 for name in sampled)
     return samples, 8 * 4 * model.config.hidden_size**2
 
 

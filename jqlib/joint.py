@@ -195,6 +195,8 @@ def _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)
         raise ValueError(f"solver={solver!r} needs the activations of all layers in memory: give a dict")
     if epochs < 1:
         raise ValueError(f"epochs={epochs}: at least 1 is needed")
+    if history:
+        raise ValueError(f"history holds {len(history)} steps already: give an empty list")
     batches = data if isinstance(data, Stream) else Minibatches(data, seed, start.device)
     _check_processes(solver, len(batches), history is not None)
     record = Recorder(history, batches, function, falling=solver == "mm")

@@ -149,24 +149,25 @@ def attentions_of(model: nn.Module) -> list[nn.Module]:
     return [layer.get_submodule(family_of(model).attention) for _, layer in layers_of(model)]
 
 
-def sites_of(model: nn.Module, *names: str) -> list[tuple[str, Site]]:
-    """``(layer name, site)`` for every layer, in the model's order; all sites where none is named."""
+def sites_of(model: nn.Module, *names: str) -> dict[str, tuple[str, Site]]:
+    """``{first reader: (layer name, site)}`` for every layer, in the model's order; all sites where none is named."""
     sites = {site.name: site for site in family_of(model).sites}
     if unknown := [name for name in names if name not in sites]:
         raise ValueError(f"site {unknown[0]!r} is unknown; there are {', '.join(sites)}")
     sites = [site for name, site in sites.items() if not names or name in names]
-    return [(layer, site) for layer, _ in layers_of(model) for site in sites]
+    return {f"{layer}.{site.readers[0]}": (layer, site) for layer, _ in layers_of(model) for site in sites}
 
 
 def norms_of(model: nn.Module) -> dict[str, nn.Module]:
     """The norm before each site that has one, by the site's first reader."""
-    sites = [(layer, site) for layer, site in sites_of(model) if site.norm]
-    return {f"{layer}.{site.readers[0]}": model.get_submodule(f"{layer}.{site.norm}") for layer, site in sites}
+    sites = sites_of(model).items()
+    return {name: model.get_submodule(f"{layer}.{site.norm}") for name, (layer, site) in sites if site.norm}
 
 
 def linears_of(model: nn.Module) -> list[nn.Module]:
     """All linears of the decoder layers that read a site: those that are quantised."""
-    return [model.get_submodule(f"{layer}.{reader}") for layer, site in sites_of(model) for reader in site.readers]
+    sites = sites_of(model).values()
+    return [model.get_submodule(f"{layer}.{reader}") for layer, site in sites for reader in site.readers]
 
 
 def on_input(model: nn.Module, layer: str, site: Site, change: Callable[[Tensor], Tensor]) -> None:
@@ -185,7 +186,7 @@ def site_targets(model: nn.Module, *names: str) -> list[str]:
 
     ``site_targets(model, "qkv", "ug")`` are R1's targets, ``site_targets(model, "o")`` are R2's.
     """
-    return [f"{layer}.{site.readers[0]}" for layer, site in sites_of(model, *names)]
+    return list(sites_of(model, *names))
 
 
 def head_dim_of(model: nn.Module) -> int:

@@ -53,7 +53,7 @@ def train_r1_output(
     by the inputs of all sites, and the gradients there, on another piece of it. ``clip`` is the activations',
     ``groupsize`` the weights'; the rest as `distill` takes them.
 
-    Raises FloatingPointError where the loss is not finite.
+    Raises FloatingPointError where the model's logits or the loss are not finite.
     """
     R1, scales = gathered_start(model, seed)
     model = working_copy(model, fuse=True)
@@ -88,7 +88,7 @@ def gathered_start(model: nn.Module, seed: int = 0) -> tuple[Tensor, dict[str, T
     The order is that of the channels' part in the first principal component of log |gamma| over all norms.
     """
     norms = norms_of(model)
-    gammas = torch.stack([norm.weight.float().cpu().abs() for norm in norms.values()])
+    gammas = torch.stack([norm.weight.data.float().cpu().abs() for norm in norms.values()])
     logs = gammas.clamp(min=FLOOR).log()
     centred = logs - logs.mean(1, keepdim=True)
     order = torch.linalg.svd(centred, full_matrices=False).Vh[0].argsort()
@@ -103,7 +103,7 @@ def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[s
     """What the sites behind norms of a fused model read, and the loss's gradient there, ``{first reader: (x, h)}``.
 
     ``ids``: (sequences, tokens); with ``seed`` they decide which labels are drawn. x and h: (sequences * tokens,
-    hidden), float32.
+    hidden), float32. Raises FloatingPointError where the logits are not finite.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -119,6 +119,8 @@ def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[s
     try:
         with low_precision(model.device):
             logits = model(ids, use_cache=False).logits.flatten(0, 1).float()
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("NaN or Inf in the model's logits: try --dtype float32")
         drawn = _labels(logits.detach(), seed + ids.sum().item())  # other ones for every text
         F.cross_entropy(logits, drawn, reduction="sum").backward()
     finally:

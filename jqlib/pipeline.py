@@ -200,7 +200,7 @@ def transform(config: Config, recipe: Recipe):
     seconds = smoothing.get("seconds", 0.0) + sum(part.get("train_seconds", 0.0) for part in (for_r1, for_r2))
     seconds += max(part.get("collect_seconds", 0.0) for part in (for_r1, for_r2))  # one pass serves both
     found = Refined(R1, R2, norm_scale, scales, {})
-    if recipe.refine and config.refine_steps:
+    if recipe.refine and config.refine_steps and config.a_bits < OFF:  # it learns by their rounding
         found, refinement = refined(config, recipe, found)
         seconds += refinement["seconds"]
     model = load_model(config)

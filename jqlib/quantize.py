@@ -11,7 +11,7 @@ from tqdm import tqdm
 from jqlib.gptq import quantize_weights_gptq
 from jqlib.hadamard import factors
 from jqlib.kv_cache import quantize_kv_cache
-from jqlib.models import begin, done, head_dim_of, layers_of, on_input, site_targets, sites_of
+from jqlib.models import begin, done, family_of, head_dim_of, layers_of, on_input, site_targets, sites_of
 from jqlib.quant import OFF, check_bits, quantize_activation, quantize_weight
 
 WEIGHTS = ("rtn", "gptq")
@@ -92,18 +92,17 @@ def _check(model, w_groupsize: int, a_groupsize: int | None, clips: Clips, weigh
 
 
 def _round_to_nearest(model: nn.Module, bits: int, groupsize: int) -> None:
-    for layer, site in tqdm(sites_of(model), "rounding weights", unit="site"):
+    for layer, site in tqdm(sites_of(model).values(), "rounding weights", unit="site"):
         for reader in site.readers:
             weight = model.get_submodule(f"{layer}.{reader}").weight
             weight.data = quantize_weight(weight, bits, groupsize).to(weight.dtype)
 
 
 def _round_inputs(
-    model: nn.Module, bits: int, clips: Clips, o_per_head: bool, a_groupsize: int | None, of_layer: str
+    model: nn.Module, bits: int, clips: Clips, o_per_head: bool, a_groupsize: int | None, layer: str
 ) -> None:
     """From now on the inputs of one layer's sites are rounded."""
-    for layer, site in sites_of(model) if bits < OFF else []:
-        if layer == of_layer:
-            groupsize = head_dim_of(model) if site.name == "o" and o_per_head else a_groupsize
-            clip = clips[f"{layer}.{site.readers[0]}"]
-            on_input(model, layer, site, partial(quantize_activation, bits=bits, clip=clip, groupsize=groupsize))
+    for site in family_of(model).sites if bits < OFF else ():
+        groupsize = head_dim_of(model) if site.name == "o" and o_per_head else a_groupsize
+        clip = clips[f"{layer}.{site.readers[0]}"]
+        on_input(model, layer, site, partial(quantize_activation, bits=bits, clip=clip, groupsize=groupsize))

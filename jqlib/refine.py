@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jqlib.distill import Keep, distill, divergence, low_precision, predictions
 from jqlib.hadamard import hadamard_transform
 from jqlib.models import linears_of, norms_of, on_input, site_targets, sites_of
-from jqlib.quant import quantize_activation
+from jqlib.quant import OFF, quantize_activation
 from jqlib.rotation import fuse_layer_norms
 from jqlib.smooth import expand_to_heads
 
@@ -58,8 +58,13 @@ def refine(
     ``smooth_scale``; behind R1 those of ``norm_scale`` are where they start, or 1. ``learn``: which kinds move, of
     "R1", "R2", "scale" (norms' and smoothing) and "clip".
 
-    Raises ValueError where a layer has no R2, FloatingPointError where the loss is not finite.
+    Raises ValueError for ``a_bits`` outside 2..15, an unknown kind or a layer without R2, FloatingPointError where
+    the loss is not finite.
     """
+    if not 2 <= a_bits < OFF:
+        raise ValueError(f"a_bits={a_bits}: refine learns by the rounding of activations, to 2..15 bits")
+    if not learn or not {*learn} <= {*RATES}:
+        raise ValueError(f"learn={learn!r}: expected some of {', '.join(RATES)}")
     if missing := [name for name in site_targets(model, "o") if name not in R2]:
         raise ValueError(f"refine needs R2 of every layer; there is none for {missing[0]}")
     model = working_copy(model, fuse=R1 is not None)
@@ -89,8 +94,7 @@ class Simulation:
     def __init__(self, model, R1: Tensor | None, R2: dict[str, Tensor], knobs: dict, a_bits: int, o_per_head: bool):
         self.model, self.knobs, self.bits, self.o_per_head, self.on = model, knobs, a_bits, o_per_head, False
         self.R1, self.R2 = R1, {name: R.to(model.device) for name, R in R2.items()}
-        for layer, site in sites_of(model):
-            name = f"{layer}.{site.readers[0]}"
+        for name, (layer, site) in sites_of(model).items():
             change = self.heads if name in R2 else self.stream if site.norm and R1 is not None else self.online
             on_input(model, layer, site, partial(self.switched, change, name))
 
@@ -99,6 +103,8 @@ class Simulation:
 
     def loss(self, ids: Tensor) -> Tensor:
         """Mean KL (nats a token) from the FP model's predictions on ``ids``, (1, tokens)."""
+        for name in site_targets(self.model):
+            self.knobs[f"clip {name}"].data.clamp_(max=1)
         if self.R1 is not None:
             self.turned1 = turned(self.R1.to(self.model.device), self.knobs["R1"])
         self.turned2 = {name: turned(R, self.knobs[f"R2 {name}"]) for name, R in self.R2.items()}
@@ -126,7 +132,7 @@ class Simulation:
         return hadamard_transform(self.rounded(name, hadamard_transform(x / scale)), inverse=True) * scale
 
     def rounded(self, name: str, y: Tensor) -> Tensor:
-        return quantize_activation(y.float(), self.bits, self.knobs[f"clip {name}"].clamp(max=1))
+        return quantize_activation(y.float(), self.bits, self.knobs[f"clip {name}"])
 
     @torch.no_grad()
     def result(self) -> Refined:
@@ -134,7 +140,7 @@ class Simulation:
         scales = {name.split()[1]: value.exp() for name, value in knobs.items() if name.startswith("scale ")}
         behind_r1 = norms_of(self.model) if self.R1 is not None else {}
         return Refined(
-            turned(self.R1, knobs["R1"]) if self.R1 is not None else None,
+            turned(self.R1.cpu(), knobs["R1"]) if self.R1 is not None else None,
             {name: turned(R.cpu(), knobs[f"R2 {name}"]) for name, R in self.R2.items()},
             {name: scale for name, scale in scales.items() if name in behind_r1},
             {name: scale for name, scale in scales.items() if name not in behind_r1},

@@ -9,7 +9,18 @@ from torch import Tensor, nn
 
 from jqlib.hadamard import factors, hadamard_transform, transform_operations
 from jqlib.joint import orthogonality_error
-from jqlib.models import begin, done, family_of, head_dim_of, layers_of, linears_of, norms_of, on_input, sites_of
+from jqlib.models import (
+    begin,
+    done,
+    family_of,
+    head_dim_of,
+    layers_of,
+    linears_of,
+    norms_of,
+    on_input,
+    site_targets,
+    sites_of,
+)
 from jqlib.smooth import apply_smoothing
 
 ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
@@ -26,13 +37,12 @@ def fuse_layer_norms(model: nn.Module) -> None:
     begin(model, "fused")
     family = family_of(model)
     _untie(model)
-    readers_of = {
-        f"{layer}.{site.norm}": [f"{layer}.{r}" for r in site.readers] for layer, site in sites_of(model) if site.norm
-    }
+    sites = sites_of(model).values()
+    readers_of = {f"{layer}.{site.norm}": [f"{layer}.{r}" for r in site.readers] for layer, site in sites if site.norm}
     readers_of[family.final_norm] = [family.head]
     for norm_name, readers in readers_of.items():
         norm = model.get_submodule(norm_name)
-        gamma = norm.weight.double()
+        gamma = norm.weight.data.double()
         for reader in readers:
             _merge(model.get_submodule(reader).weight, gamma.mul)
         norm.weight.data = torch.ones_like(norm.weight)
@@ -66,30 +76,27 @@ def rotate_model(
     _check_rotations(model, R1, R2)
     _check_norm_scale(model, R1, norm_scale or {})
     transformed = {*online, "down"} if r4 else set(online)
-    sites = sites_of(model, *transformed) if transformed else []
-    for layer, site in sites:
-        factors(model.get_submodule(f"{layer}.{site.readers[0]}").in_features)  # raises where there is no such matrix
+    sites = sites_of(model)
+    sites_online = sites_of(model, *transformed) if transformed else {}
+    for name in sites_online:
+        factors(model.get_submodule(name).in_features)  # raises where there is no such matrix
     if smooth_scale:
         apply_smoothing(model, smooth_scale)
     for name, heads in (R2 or {}).items():
         _rotate_heads(model, name, heads)
     if R1 is not None:
         _rotate_stream(model, R1)
-    for layer, site in sites_of(model):
-        if (scale := (norm_scale or {}).get(f"{layer}.{site.readers[0]}")) is not None:
-            _scale_norm(model, layer, site, scale)
-    for layer, site in sites:
+    for name, scale in (norm_scale or {}).items():
+        _scale_norm(model, *sites[name], scale)
+    for layer, site in sites_online.values():
         _rotate_online(model, layer, site)
     done(model).add("rotated")
 
 
 def online_operations(model: nn.Module, online: tuple[str, ...]) -> float:
     """Multiply-adds of the online transforms at these sites, as a share of those of all the decoder layers' linears."""
-    widths = [
-        model.get_submodule(f"{layer}.{site.readers[0]}").in_features
-        for layer, site in sites_of(model)
-        if site.name in online
-    ]
+    names = [name for name, (_, site) in sites_of(model).items() if site.name in online]
+    widths = [model.get_submodule(name).in_features for name in names]
     return sum(map(transform_operations, widths)) / sum(linear.weight.numel() for linear in linears_of(model))
 
 
@@ -109,7 +116,7 @@ def _merge(weight: nn.Parameter, transform) -> None:
 
 def _rotate_stream(model: nn.Module, R1: Tensor) -> None:
     family, R = family_of(model), R1.double().to(model.device)
-    sites = sites_of(model)
+    sites = sites_of(model).values()
     readers = [f"{layer}.{reader}" for layer, site in sites if site.norm for reader in site.readers]
     for name in [family.embed, family.head, *readers]:
         _merge(model.get_submodule(name).weight, lambda rows: rows @ R)
@@ -123,7 +130,7 @@ def _rotate_stream(model: nn.Module, R1: Tensor) -> None:
 
 def _rotate_heads(model: nn.Module, name: str, heads: Tensor) -> None:
     """R2 of one layer, (kv, d, d): v_proj's output rows per kv head, o_proj's columns per query head."""
-    layer, site = next((layer, s) for layer, s in sites_of(model, "o") if f"{layer}.{s.readers[0]}" == name)
+    layer, site = sites_of(model, "o")[name]
     v, o = model.get_submodule(f"{layer}.{site.source}"), model.get_submodule(name)
     R, d = heads.double().to(v.weight.device), heads.shape[-1]
     blocks = v.weight.double().view(len(R), d, -1)  # (kv, d, in)
@@ -158,13 +165,14 @@ def _check_norm_scale(model: nn.Module, R1: Tensor | None, norm_scale: dict[str,
             raise ValueError(f"norm_scale names {name!r}; expected names such as {names[0]!r}")
         n = model.config.hidden_size
         if scale.shape != (n,) or not (torch.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(f"norm_scale of {name}: expected {n} positive numbers, got shape {tuple(scale.shape)}")
+            got = f"shape {tuple(scale.shape)}, values from {scale.min():.3g} to {scale.max():.3g}"
+            raise ValueError(f"norm_scale of {name}: expected {n} positive numbers, got {got}")
 
 
 def _check_rotations(model: nn.Module, R1: Tensor | None, R2: dict[str, Tensor] | None) -> None:
     config, d = model.config, head_dim_of(model)
     expected = {"R1": (R1, (config.hidden_size, config.hidden_size))} if R1 is not None else {}
-    names = [f"{layer}.{site.readers[0]}" for layer, site in sites_of(model, "o")]
+    names = site_targets(model, "o")
     for name, heads in (R2 or {}).items():
         if name not in names:
             raise ValueError(f"R2 names {name!r}; expected names such as {names[0]!r}")

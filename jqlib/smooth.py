@@ -46,16 +46,16 @@ def compute_simple_smooth_scale(
             model, calib_data, site_targets(model, *sites), device, max_tokens=1, raw=True, moments=moments
         )
     scales = {}
-    for layer, site in sites_of(model, *sites):
+    for name, (layer, site) in sites_of(model, *sites).items():
         readers = [model.get_submodule(f"{layer}.{reader}") for reader in site.readers]
-        seen, weight = moments[f"{layer}.{site.readers[0]}"], torch.cat([r.weight for r in readers]).float().cpu()
+        seen, weight = moments[name], torch.cat([r.weight.data for r in readers]).float().cpu()
         x, w = (seen.absmax, weight.abs().amax(0)) if measure == "max" else (seen.rms, weight.square().mean(0).sqrt())
         if site.source:  # o: the query heads of a group share the channels of their kv head
             channels = model.get_submodule(f"{layer}.{site.source}").out_features
             x, w = (_share(model, v, channels) for v in (x, w))
             x, w = ((v.amax(1) if measure == "max" else v.square().mean(1).sqrt()).flatten() for v in (x, w))
         scale = (x**alpha / w ** (1 - alpha)).clamp(min=FLOOR)
-        scales[f"{layer}.{site.readers[0]}"] = scale.where((x > 0) & (w > 0), 1.0)
+        scales[name] = scale.where((x > 0) & (w > 0), 1.0)
     return scales
 
 
@@ -63,8 +63,7 @@ def apply_smoothing(model: nn.Module, scales: dict[str, Tensor]) -> None:
     """Divide the producers of each site by its scales, multiply the readers' columns: logits stay what they were."""
     begin(model, "smoothed")
     _check_scales(model, scales)
-    for layer, site in sites_of(model):
-        name = f"{layer}.{site.readers[0]}"
+    for name, (layer, site) in sites_of(model).items():
         if name not in scales:
             continue
         producer = model.get_submodule(f"{layer}.{site.norm or site.source}")
@@ -81,7 +80,7 @@ def apply_smoothing(model: nn.Module, scales: dict[str, Tensor]) -> None:
 
 
 def _check_scales(model: nn.Module, scales: dict[str, Tensor]) -> None:
-    sites = {f"{layer}.{site.readers[0]}": (layer, site) for layer, site in sites_of(model)}
+    sites = sites_of(model)
     for name, scale in scales.items():
         if name not in sites:
             raise ValueError(f"smoothing scales name {name!r}; expected names such as {next(iter(sites))!r}")
@@ -90,7 +89,8 @@ def _check_scales(model: nn.Module, scales: dict[str, Tensor]) -> None:
             raise ValueError(f"scales of {name} belong into a norm, and this model's norms are fused: smooth it before")
         channels = len(model.get_submodule(f"{layer}.{site.norm or site.source}").weight)
         if scale.shape != (channels,) or not (torch.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(f"scales of {name}: expected {channels} positive numbers, got shape {tuple(scale.shape)}")
+            got = f"shape {tuple(scale.shape)}, values from {scale.min():.3g} to {scale.max():.3g}"
+            raise ValueError(f"scales of {name}: expected {channels} positive numbers, got {got}")
 
 
 def _share(model: nn.Module, values: Tensor, channels: int) -> Tensor:

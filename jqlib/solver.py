@@ -12,7 +12,8 @@ A smaller λ goes further: we start at ‖∇f‖ / ‖XᵀXR‖ (for Whip about
 
 **The passes.** First every minibatch gives a step. Each pass over the data takes minibatches twice as large as the
 pass before, so that their noise dies away; early steps cost a twentieth of a full one. Then steps on all tokens,
-extrapolated along the last two (Nesterov); one that raises the loss is taken back, λ doubled, until nothing is gained.
+extrapolated along the last two (Nesterov), until nothing is gained. One that raises the loss is taken back: the next is
+not extrapolated, and where that fails too, λ is doubled.
 
 Losses that no moderate λ majorises (range, kurtosis, lp, quant_error) begin with 300 Adam steps on minibatches, in the
 Lie algebra: an angle per step is given, the same for every loss and size.

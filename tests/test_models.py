@@ -77,7 +77,7 @@ def test_the_table_names_every_weight_once(tiny_model, biases):
     """Readers of all sites, embedding, head and norms: nothing of a Llama is missing."""
     model = tiny_model(biases=biases, layers=3)
     family, named = family_of(model), set()
-    for layer, site in sites_of(model):
+    for layer, site in sites_of(model).values():
         for reader in site.readers:
             assert f"{layer}.{reader}" not in named
             named.add(f"{layer}.{reader}")
@@ -89,7 +89,7 @@ def test_the_table_names_every_weight_once(tiny_model, biases):
     named |= {family.embed, family.head, family.final_norm}
     assert named == {name.rsplit(".", 1)[0] for name in model.state_dict()}
     assert [name for name, _ in layers_of(model)] == [f"model.layers.{i}" for i in range(3)]
-    assert [site.name for _, site in sites_of(model, "o", "ug")] == ["o", "ug"] * 3
+    assert [site.name for _, site in sites_of(model, "o", "ug").values()] == ["o", "ug"] * 3
 
 
 @pytest.mark.parametrize("explicit", [True, False])

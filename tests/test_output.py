@@ -39,6 +39,13 @@ def test_weights_cost_what_noise_of_a_groups_energy_costs():
     assert cost(z, e, 16, 4, 1.0, 16).item() == pytest.approx(measured.item(), rel=0.1)
 
 
+def test_logits_that_are_not_finite_are_named(tiny_model, tokens):
+    model = tiny_model()
+    model.model.norm.weight.data[0] = torch.inf
+    with pytest.raises(FloatingPointError, match="NaN or Inf in the model's logits: try --dtype float32"):
+        train_r1_output(model, tokens(1, 64), steps=1)
+
+
 def test_gradients_predict_the_divergence_that_small_noise_makes(tiny_model, tokens):
     """KL after noise of known size on what a site reads, against ½ size² E ‖h‖²."""
     model, windows = tiny_model(), tokens(16, 64)

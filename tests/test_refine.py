@@ -96,3 +96,24 @@ def test_every_layer_needs_its_r2(start):
     R2.popitem()
     with pytest.raises(ValueError, match=r"refine needs R2 of every layer; there is none for model.layers.1.self_attn"):
         refine.refine(model, windows, R1, R2, scales)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"a_bits": 16}, "a_bits=16: refine learns by the rounding of activations, to 2..15 bits"),
+    ({"learn": ("r1",)}, r"learn=\('r1',\): expected some of R1, R2, scale, clip"),
+    ({"learn": ()}, r"learn=\(\): expected some of R1, R2, scale, clip"),
+])  # fmt: skip
+def test_what_it_cannot_learn_is_refused(start, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        refine.refine(*start(False), **wrong)
+
+
+def test_a_clip_that_reached_1_comes_back(start):
+    """Beyond 1 it would feel no gradient: it is held there."""
+    model, windows, R1, R2, scales = start(False)
+    knobs = refine._knobs(model, R1, R2, scales, 1.5)
+    simulated = refine.Simulation(refine.working_copy(model, fuse=True), R1, R2, knobs, 4, True)
+    clips = {name: knob.requires_grad_() for name, knob in knobs.items() if name.startswith("clip ")}
+    simulated.loss(windows[:1, :32]).backward()
+    assert all(knob.item() == 1 for knob in clips.values())
+    assert all(knob.grad != 0 for knob in clips.values())

@@ -192,11 +192,22 @@ def test_logits_survive_norm_scales(tiny_model, tokens, orthogonal, double_norms
     torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_model_whose_weights_want_gradients(tiny_model, tokens, orthogonal):
+    """As transformers gives it."""
+    model = tiny_model().requires_grad_()
+    expected, scales = logits(model, tokens()), compute_simple_smooth_scale(model, tokens())
+    assert not any(scale.requires_grad for scale in scales.values())
+    fuse_layer_norms(model)
+    rotate_model(model, orthogonal(HIDDEN), smooth_scale=scales)
+    torch.testing.assert_close(logits(model, tokens()), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("rotated", "scale", "message"), [
     (False, {"model.layers.0.mlp.up_proj": torch.ones(48)}, "norm_scale acts behind R1: give R1 too"),
     (True, {NAME: torch.ones(48)}, f"norm_scale names '{NAME}'; expected .* 'model.layers.0.self_attn.q_proj'"),
     (True, {"model.layers.0.mlp.up_proj": torch.ones(8)}, r"expected 48 positive numbers, got shape \(8,\)"),
-    (True, {"model.layers.0.mlp.up_proj": torch.zeros(48)}, "expected 48 positive numbers"),
+    (True, {"model.layers.0.mlp.up_proj": torch.zeros(48)},
+     r"expected 48 positive numbers, got shape \(48,\), values from 0 to 0"),
 ])  # fmt: skip
 def test_bad_norm_scales_leave_the_model_alone(tiny_model, orthogonal, rotated, scale, message):
     model = tiny_model()

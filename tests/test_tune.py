@@ -46,6 +46,12 @@ def test_the_loss_falls_and_codes_stay(quantised, tiny_model, tokens, a_bits, kv
     assert not any(p.requires_grad for p in [*model.parameters(), *clips.values()])
 
 
+def test_a_group_wider_than_a_row_is_the_row():
+    factor = Factor(torch.ones(3, 8), 10**9)
+    assert factor.factor.shape == (3, 1)
+    assert torch.equal(factor(torch.ones(3, 8)), torch.ones(3, 8))
+
+
 def test_gradients_of_factors_against_finite_differences(tiny_model, tokens):
     teacher, ids = tiny_model().double(), tokens(1, 16)
     model = tiny_model().double()
