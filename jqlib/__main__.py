@@ -2,14 +2,17 @@
 ``report``."""
 
 import argparse
+import json
 import os
+import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from jqlib.config import HELP, KINDS, NOTEBOOKS, Config, make_config, output_folder
+from jqlib.config import HELP, KINDS, NOTEBOOKS, RECIPES, Config, make_config, output_folder
 
 PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
 INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_windows", "calib_dataset", "eval_dataset",
@@ -30,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     info_parser.add_argument("--profile", default=Config.profile, help=HELP["profile"])
     report_parser = commands.add_parser("report", help="the rows of notebook 05 of all models and runs under a folder")
     report_parser.add_argument("output_dir", type=Path, nargs="?", help="(jointquant_output of this project)")
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if arguments.command == "report":
             return report(arguments.output_dir or output_folder())
@@ -61,6 +66,8 @@ def run(parameters: dict, only: str | None = None) -> int:
     executed = []
     for path in notebooks:
         print(f"{path.stem} -> {config.folder / path.name}", flush=True)
+        _say_what_is_replaced(config, path.stem, declared[path])
+        there = {file.name for file in config.folder.glob("artifacts/*.json")}
         start = time.perf_counter()
         try:
             notebook = papermill.execute_notebook(
@@ -77,13 +84,25 @@ def run(parameters: dict, only: str | None = None) -> int:
                 raise
             print(f"error: {path.stem}: its kernel died: it was killed, or memory ran out", file=sys.stderr)
             return 3
-        outputs = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())]
-        reused = sum(text.count("reusing ") for text in outputs)
-        print(f"{path.stem} took {time.perf_counter() - start:.0f} s, {reused} artifacts reused", flush=True)
+        text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+        reused = there.intersection(re.findall(r"reusing \S+ \((\S+),", text))
+        print(f"{path.stem} took {time.perf_counter() - start:.0f} s, {len(reused)} artifacts reused", flush=True)
         executed.append(config.folder / path.name)
     write_html(executed, config.folder / "report.html")
     print(f"report: {config.folder / 'report.html'}")
     return 0
+
+
+def _say_what_is_replaced(config: Config, notebook: str, names: set[str]) -> None:
+    """Results of other settings would be gone without a word."""
+    try:
+        before = json.loads((config.folder / "results" / f"{notebook}.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError):
+        return
+    names = names & before.keys() - {"output_dir"}
+    changed = [f"{n}={before[n]!r}" for n in KINDS if n in names and before[n] != getattr(config, n)]
+    if changed:
+        print(f"warning: replaces its results made with {', '.join(changed)}; another --output_dir keeps both")
 
 
 def with_absolute_paths(parameters: dict) -> dict:
@@ -113,7 +132,11 @@ def check_inputs(config: Config) -> None:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ValueError(f"device={config.device!r} can't be used here: {str(error).splitlines()[0]}") from error
-    load_config(config.model)
+    shape, folder = load_config(config.model), Path(config.model).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise FileNotFoundError(f"{folder} has no weights: expected *.safetensors or *.bin")
+    if config.seqlen > shape.max_position_embeddings:
+        print(f"warning: windows of {config.seqlen} tokens: the model is for {shape.max_position_embeddings} at most")
     load_calibration(config)
     windows = config.eval_windows or None
     get_evaluation_windows(get_tokenizer(config.model), config.eval_dataset, config.seqlen, windows)
@@ -136,9 +159,13 @@ def read_run_file(path: Path | None) -> dict:
     """The parameters of a run file; names are checked by make_config."""
     if path is None:
         return {}
-    if not path.exists():
-        raise FileNotFoundError(f"run file {path} does not exist")
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not path.is_file():
+        problem = "is a folder: give a model's by --model" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"run file {path} {problem}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"run file {path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"run file {path} does not hold parameters: expected lines such as 'model: smollm2-135m'")
     return content
@@ -184,7 +211,7 @@ def sweep(arguments: argparse.Namespace) -> int:
         configs.setdefault(tuple(getattr(config, field) for field in INPUTS), (name, config))
     for name, config in configs.values():
         try:
-            check_inputs(config)
+            check_inputs(replace(config, device="cpu") if arguments.scheduler else config)  # its workers' devices
         except (ValueError, OSError) as error:
             raise ValueError(f"{name}: {error}") from error
     slots = arguments.workers or (1 if arguments.scheduler else sweep.slots_here([c for _, c in configs.values()]))
@@ -226,7 +253,8 @@ def _count(text: str) -> int:
 
 def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:
     default = getattr(Config, name)
-    options = {"dest": name, "default": argparse.SUPPRESS, "help": f"{HELP[name]} ({default})".replace("%", "%%")}
+    told = HELP[name] if name != "recipe" else f"{HELP[name]}: {', '.join(RECIPES)}"
+    options = {"dest": name, "default": argparse.SUPPRESS, "help": f"{told} ({default})".replace("%", "%%")}
     if KINDS[name] is bool:  # --use_smooth, --use_smooth False, --no-use_smooth
         parser.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, **options)
         parser.add_argument(f"--no-{name}", action="store_false", dest=name, default=argparse.SUPPRESS)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from jqlib.config import Config
+from jqlib.distill import TOKENS
 from jqlib.hadamard import factors
 from jqlib.models import R1_SITES, family_of, head_dim_of, linears_of, load_config, site_targets, sites_of
 
@@ -16,8 +17,8 @@ PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the 
 def describe(config: Config) -> str:
     """Sites, sizes, which rotations can start from a Hadamard matrix, memory, and time on this machine.
 
-    Times are estimates from one matrix product; they count products only. Raises as `jqlib.get_model` does for a
-    model that is missing or not supported.
+    Times are estimates from one matrix product, for the parts that are products only. Raises as `jqlib.get_model` does
+    for a model that is missing or not supported.
     """
     model = _without_weights(config)
     shape = model.config
@@ -26,6 +27,7 @@ def describe(config: Config) -> str:
     in_layers = sum(linear.weight.numel() for linear in linears)
     parameters = sum(p.numel() for p in model.parameters())
     return "\n".join([
+        f"profile {config.profile}: {config.nsamples} windows of {config.seqlen} tokens to calibrate",
         f"{config.model}: {shape.model_type}, {shape.num_hidden_layers} layers, hidden size {shape.hidden_size}, "
         f"{shape.num_attention_heads} heads ({shape.num_key_value_heads} kv), vocabulary {shape.vocab_size:,}"
         + (", tied head (untied when norms are fused)" if shape.tie_word_embeddings else ""),
@@ -86,10 +88,12 @@ def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list
     speed = _operations_per_second(config.device, dtype)
     calibration = 2 * in_layers * config.nsamples * config.seqlen / speed
     window = 2 * (in_layers + head) * config.seqlen / speed
+    stage = config.refine_steps * 4 * 2 * (in_layers + head) * TOKENS / speed  # forward, backward, and the FP model's
     return [
         f"time at {speed / 1e9:.0f} billion operations a second ({config.device}): {calibration:.0f} s to collect "
         f"activations, {window:.1f} s a window of perplexity, of which a row takes "
-        f"{config.eval_windows or 'all of the test text'}"
+        f"{config.eval_windows or 'all of the test text'},",
+        f"{stage:.0f} s to refine or to tune ({config.refine_steps} steps). Solvers and GPTQ come besides.",
     ]
 
 

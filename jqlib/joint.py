@@ -204,7 +204,7 @@ def _solve(data, start, solver, objective, lr, epochs, max_steps, seed, history)
     if max_steps == 0:
         return start
     if solver in ("mm", "greedy"):
-        log.warning("solver=%r needs no learning rate: lr and epochs have no effect", solver)
+        log.info("solver=%r needs no learning rate: lr and epochs have no effect", solver)
     if solver == "mm":
         R = minimise(batches, start, function, record=record, max_steps=max_steps)
     elif solver == "greedy":

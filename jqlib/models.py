@@ -5,6 +5,7 @@ input of one group of linears: ``qkv`` and ``ug`` read the residual stream behin
 and ``down`` read inside a block and write back to the stream.
 """
 
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,11 @@ def get_tokenizer(name: str):
 
     Its attribute ``default_dataset`` is what `jqlib.data` reads where no data set is named.
     """
-    tokenizer = _load(AutoTokenizer, name, _source(name))
+    source = _source(name)
+    path = Path(source["pretrained_model_name_or_path"])
+    if path.is_dir() and "gguf_file" not in source and not any(path.glob("tokenizer*")):
+        raise FileNotFoundError(f"{path} has no tokenizer: save it there with tokenizer.save_pretrained")
+    tokenizer = _load(AutoTokenizer, name, source)
     tokenizer.default_dataset = embedded.CORPUS if name == embedded.MODEL else "wikitext2"
     return tokenizer
 
@@ -123,9 +128,14 @@ def _load(auto, name: str, source: dict, **kwargs):
         if Path(source["pretrained_model_name_or_path"]).exists():
             raise
         raise OSError(
-            f"model {name!r} could not be had from the Hugging Face hub. If it is gated, log in with `hf auth "
-            f"login`; offline, give a local folder, a .gguf file or {embedded.MODEL!r}. The hub said: {error}"
+            f"model {name!r} is no local folder and could not be had from the Hugging Face hub. If it is gated, log "
+            f"in with `hf auth login`; offline, give a local folder, a .gguf file or {embedded.MODEL!r}. "
+            f"The hub said: {error}"
         ) from error
+    except (ValueError, struct.error) as error:
+        if "gguf_file" not in source:
+            raise
+        raise ValueError(f"{name} can't be read, is it damaged or incomplete? The reader said: {error}") from error
 
 
 def fingerprint(name: str) -> str:

