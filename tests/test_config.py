@@ -1,6 +1,7 @@
 import pytest
 
 from jqlib.config import (
+    CHOICES,
     PROFILES,
     RECIPES,
     Config,
@@ -10,6 +11,14 @@ from jqlib.config import (
     make_config,
     slug,
 )
+from jqlib.joint import INIT_MODES, SOLVERS
+from jqlib.objectives import OBJECTIVES
+from jqlib.quantize import WEIGHTS
+
+
+def test_choices_are_what_the_modules_take():
+    assert (CHOICES["solver"], CHOICES["init_mode"], CHOICES["weights"]) == (SOLVERS, INIT_MODES, WEIGHTS)
+    assert CHOICES["objective"] == tuple(OBJECTIVES)
 
 
 def test_defaults_are_the_specifications():

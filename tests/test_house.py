@@ -69,8 +69,9 @@ def test_run_files_hold_parameters(path):
 def imports():
     arrows = {}
     for path in (ROOT / "jqlib").glob("*.py"):
-        found = re.findall(r"^\s*from jqlib(?:\.(\w+))? import ([\w, ]+)", path.read_text(), re.M)
-        arrows[path.stem] = {m or n.strip() for m, names in found for n in ([m] if m else names.split(","))}
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        ours = [node for node in nodes if node.module.split(".")[0] == "jqlib"]
+        arrows[path.stem] = {node.module.partition(".")[2] or alias.name for node in ours for alias in node.names}
     return arrows
 
 

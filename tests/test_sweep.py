@@ -235,8 +235,8 @@ def test_refused_words(words, message, capsys):
 
 def test_a_scheduler_that_is_none_is_named(run_file, tmp_path, capsys):
     """And the device is its workers' affair."""
-    elsewhere = ["-p", "device=cuda:99"]
-    assert main(["sweep", str(run_file), *elsewhere, "--scheduler", "here:1:2", "--output_dir", str(tmp_path / "out")]) == 2
+    words = ["-p", "device=cuda:99", "--scheduler", "here:1:2", "--output_dir", str(tmp_path / "out")]
+    assert main(["sweep", str(run_file), *words]) == 2
     assert capsys.readouterr().err.startswith("error: --scheduler here:1:2: ")
     assert not (tmp_path / "out").exists()
 
