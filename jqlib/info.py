@@ -17,8 +17,8 @@ PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the 
 def describe(config: Config) -> str:
     """Sites, sizes, which rotations can start from a Hadamard matrix, memory, and time on this machine.
 
-    Times are estimates from one matrix product, for the parts that are products only. Raises as `jqlib.get_model` does
-    for a model that is missing or not supported.
+    Times are estimates from one matrix product; they count products only. Raises as `jqlib.get_model` does for a
+    model that is missing or not supported.
     """
     model = _without_weights(config)
     shape = model.config
@@ -93,7 +93,8 @@ def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list
         f"time at {speed / 1e9:.0f} billion operations a second ({config.device}): {calibration:.0f} s to collect "
         f"activations, {window:.1f} s a window of perplexity, of which a row takes "
         f"{config.eval_windows or 'all of the test text'},",
-        f"{stage:.0f} s to refine or to tune ({config.refine_steps} steps). Solvers and GPTQ come besides.",
+        f"{stage:.0f} s to refine or to tune ({config.refine_steps} steps). Products alone: expect about twice as long,",
+        "and solvers and GPTQ besides.",
     ]
 
 
