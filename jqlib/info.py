@@ -93,8 +93,8 @@ def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list
         f"time at {speed / 1e9:.0f} billion operations a second ({config.device}): {calibration:.0f} s to collect "
         f"activations, {window:.1f} s a window of perplexity, of which a row takes "
         f"{config.eval_windows or 'all of the test text'},",
-        f"{stage:.0f} s to refine or to tune ({config.refine_steps} steps). Products alone: expect about twice as long,",
-        "and solvers and GPTQ besides.",
+        f"{stage:.0f} s to refine or to tune ({config.refine_steps} steps).",
+        "Products alone: expect about twice as long, and solvers and GPTQ besides.",
     ]
 
 
