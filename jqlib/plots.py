@@ -140,6 +140,8 @@ def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str, log: bool = Tr
             axis.plot(range(len(values)), values, marker="o", ms=3, label=name)
         axis.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if log:
+            _plain_decades(axis.yaxis, (1, 2, 3, 5))
         figure.legend(loc="outside lower center", ncol=2)
         return figure
 
@@ -195,7 +197,7 @@ def intervals(
             ylabel=label,
             ylim=(len(names) - 0.4, -1),
         )
-        _plain_decades(axis)
+        _plain_decades(axis.xaxis)
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=min(len(kinds), 4))
         return figure
 
@@ -212,13 +214,13 @@ def waterfall(costs: Mapping[str, float], xlabel: str) -> Figure:
         for name, value in zip(names, values, strict=True):
             axis.text(value * 0.96, name, f"{value:.2f}", va="center", ha="right")
         axis.set(xscale="log", xlabel=xlabel, xlim=(values.min() * 0.7, values.max() * 1.1))
-        _plain_decades(axis)
+        _plain_decades(axis.xaxis)
         axis.invert_yaxis()
         return figure
 
 
-def _plain_decades(axis) -> None:
-    """1, 2, 5, 10, … along a logarithmic x axis."""
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+def _plain_decades(axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
+    """1, 2, 5, 10, … along a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
