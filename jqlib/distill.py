@@ -34,8 +34,8 @@ def distill(
 
     ``loss_of``: the loss on token ids, (1, tokens). ``windows``: (windows, seqlen) of calibration text, cut into pieces
     of TOKENS, or of seqlen where that is less, and taken in the order of ``seed``. Rates rise over 5 steps and fall
-    linearly to 0. ``keep`` receives the state every KEEP_EVERY steps, flat tensors by name, and ``resume`` goes on
-    from one.
+    linearly to 0; knobs of the kind "clip" are held at 1. ``keep`` receives the state every KEEP_EVERY steps, flat
+    tensors by name, and ``resume`` goes on from one.
 
     Raises FloatingPointError where the loss is not finite.
     """
@@ -55,6 +55,8 @@ def distill(
             for group in optimiser.param_groups:
                 group["lr"] = rates[group["kind"]] * min(1, (step + 1) / 5) * (1 - step / steps)
             optimiser.step()
+            for clip in (group["params"][0] for group in groups if group["kind"] == "clip"):
+                clip.data.clamp_(max=1)  # a ratio: beyond 1 it would feel no gradient
             bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
             if keep and (step + 1) % KEEP_EVERY == 0:

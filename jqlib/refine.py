@@ -103,8 +103,6 @@ class Simulation:
 
     def loss(self, ids: Tensor) -> Tensor:
         """Mean KL (nats a token) from the FP model's predictions on ``ids``, (1, tokens)."""
-        for name in site_targets(self.model):
-            self.knobs[f"clip {name}"].data.clamp_(max=1)
         if self.R1 is not None:
             self.turned1 = turned(self.R1.to(self.model.device), self.knobs["R1"])
         self.turned2 = {name: turned(R, self.knobs[f"R2 {name}"]) for name, R in self.R2.items()}
@@ -144,7 +142,7 @@ class Simulation:
             {name: turned(R.cpu(), knobs[f"R2 {name}"]) for name, R in self.R2.items()},
             {name: scale for name, scale in scales.items() if name in behind_r1},
             {name: scale for name, scale in scales.items() if name not in behind_r1},
-            {name.split()[1]: min(value.item(), 1.0) for name, value in knobs.items() if name.startswith("clip ")},
+            {name.split()[1]: value.item() for name, value in knobs.items() if name.startswith("clip ")},
         )
 
 

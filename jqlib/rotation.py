@@ -21,7 +21,7 @@ from jqlib.models import (
     site_targets,
     sites_of,
 )
-from jqlib.smooth import apply_smoothing
+from jqlib.smooth import apply_smoothing, check_positive
 
 ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
 
@@ -163,10 +163,7 @@ def _check_norm_scale(model: nn.Module, R1: Tensor | None, norm_scale: dict[str,
     for name, scale in norm_scale.items():
         if name not in names:
             raise ValueError(f"norm_scale names {name!r}; expected names such as {names[0]!r}")
-        n = model.config.hidden_size
-        if scale.shape != (n,) or not (torch.isfinite(scale) & (scale > 0)).all():
-            got = f"shape {tuple(scale.shape)}, values from {scale.min():.3g} to {scale.max():.3g}"
-            raise ValueError(f"norm_scale of {name}: expected {n} positive numbers, got {got}")
+        check_positive(f"norm_scale of {name}", scale, model.config.hidden_size)
 
 
 def _check_rotations(model: nn.Module, R1: Tensor | None, R2: dict[str, Tensor] | None) -> None:

@@ -88,9 +88,14 @@ def _check_scales(model: nn.Module, scales: dict[str, Tensor]) -> None:
         if site.norm and "fused" in done(model):
             raise ValueError(f"scales of {name} belong into a norm, and this model's norms are fused: smooth it before")
         channels = len(model.get_submodule(f"{layer}.{site.norm or site.source}").weight)
-        if scale.shape != (channels,) or not (torch.isfinite(scale) & (scale > 0)).all():
-            got = f"shape {tuple(scale.shape)}, values from {scale.min():.3g} to {scale.max():.3g}"
-            raise ValueError(f"scales of {name}: expected {channels} positive numbers, got {got}")
+        check_positive(f"scales of {name}", scale, channels)
+
+
+def check_positive(what: str, scale: Tensor, channels: int) -> None:
+    """Raise ValueError unless ``scale`` is (channels,) of finite positive numbers."""
+    if scale.shape != (channels,) or not (torch.isfinite(scale) & (scale > 0)).all():
+        got = f"shape {tuple(scale.shape)}, values from {scale.min():.3g} to {scale.max():.3g}"
+        raise ValueError(f"{what}: expected {channels} positive numbers, got {got}")
 
 
 def _share(model: nn.Module, values: Tensor, channels: int) -> Tensor:

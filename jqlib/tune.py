@@ -46,14 +46,14 @@ def tune(
     for name, factor in factors.items():
         parametrize.register_parametrization(model.get_submodule(name), "weight", factor)
     try:
-        loss_of = partial(_loss, model, teacher, clips)
+        loss_of = partial(_loss, model, teacher)
         distill(knobs, loss_of, windows, RATES, label="tuning", steps=steps, seed=seed, keep=keep, resume=resume)
     finally:
         for name in factors:
             parametrize.remove_parametrizations(model.get_submodule(name), "weight")
         model.requires_grad_(False)
         for clip in clips.values():
-            clip.requires_grad_(False).clamp_(max=1)
+            clip.requires_grad_(False)
 
 
 class Factor(nn.Module):
@@ -79,9 +79,7 @@ def _tuned(model: nn.Module, groupsize: int) -> dict[str, int]:
     return names
 
 
-def _loss(model: nn.Module, teacher: nn.Module, clips: dict[str, Tensor], ids: Tensor) -> Tensor:
-    for clip in clips.values():
-        clip.data.clamp_(max=1)
+def _loss(model: nn.Module, teacher: nn.Module, ids: Tensor) -> Tensor:
     ids = ids.to(model.device)
     with low_precision(model.device):
         return divergence(model, ids, predictions(teacher, ids))

@@ -64,6 +64,15 @@ def test_every_step_on_all_tokens_descends(objective):
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_a_history_holds_new_lows_where_early_steps_see_a_sample(seed):
+    """A step on a sample may rise over all tokens: it is not recorded."""
+    history = []
+    train_r1_joint(layers(seed, tokens=1000), N, LAYERS, seed=seed, history=history)
+    losses = [row["loss"] for row in history]
+    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(losses)), losses
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_ends_below_published_sgd(seed):
     acts = layers(seed, tokens=1000)
     joint = train_r1_joint(acts, N, LAYERS, seed=seed)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jqlib.__main__ import check_inputs, main, select_notebooks
-from jqlib.config import ROOT, make_config
+from jqlib.config import RECIPES, ROOT, make_config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [
@@ -63,6 +63,10 @@ def test_sweeps_are_accepted(words, monkeypatch):
 def test_papermill_knows_the_parameters():
     ((notebook, _, _, file),) = [words[1:] for words in LINES if words and words[0] == "papermill"]
     assert set(yaml.safe_load((ROOT / file).read_text())) <= set(papermill.inspect_notebook(ROOT / notebook))
+
+
+def test_every_recipe_is_named():
+    assert all(f"`{name}`" in README for name in RECIPES)
 
 
 def test_the_snippet(capsys):

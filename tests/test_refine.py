@@ -108,10 +108,16 @@ def test_what_it_cannot_learn_is_refused(start, wrong, message):
         refine.refine(*start(False), **wrong)
 
 
+def test_a_clip_is_held_at_1(tokens):
+    clip = torch.tensor(0.999, requires_grad=True)
+    distill.distill({"clip a": clip}, lambda ids: -clip, tokens(1, 8), {"clip": 0.1}, label="up", steps=3)
+    assert clip.item() == 1
+
+
 def test_a_clip_that_reached_1_comes_back(start):
-    """Beyond 1 it would feel no gradient: it is held there."""
+    """Beyond 1 it would feel no gradient: `distill` holds it there."""
     model, windows, R1, R2, scales = start(False)
-    knobs = refine._knobs(model, R1, R2, scales, 1.5)
+    knobs = refine._knobs(model, R1, R2, scales, 1.0)
     simulated = refine.Simulation(refine.working_copy(model, fuse=True), R1, R2, knobs, 4, True)
     clips = {name: knob.requires_grad_() for name, knob in knobs.items() if name.startswith("clip ")}
     simulated.loss(windows[:1, :32]).backward()
