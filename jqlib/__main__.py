@@ -15,8 +15,9 @@ import yaml
 from jqlib.config import HELP, KINDS, NOTEBOOKS, RECIPES, Config, make_config, output_folder
 
 PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
-INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_windows", "calib_dataset", "eval_dataset",
-          "device", "dtype")  # fmt: skip  # what check_inputs and the estimate of memory depend on
+# what check_inputs and the estimate of memory depend on
+INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_seqlen", "eval_windows", "eval_split",
+          "eval_draw", "calib_dataset", "eval_dataset", "device", "dtype")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,9 +125,8 @@ def check_inputs(config: Config) -> None:
     """A device or model that is missing or not supported, or a text too short, fails here and not after an hour."""
     import torch
 
-    from jqlib.data import get_evaluation_windows
-    from jqlib.models import get_tokenizer, load_config
-    from jqlib.pipeline import load_calibration
+    from jqlib.models import load_config
+    from jqlib.pipeline import evaluation_windows, load_calibration
 
     try:
         torch.empty(0, device=config.device)
@@ -135,11 +135,12 @@ def check_inputs(config: Config) -> None:
     shape, folder = load_config(config.model), Path(config.model).expanduser()
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"{folder} has no weights: expected *.safetensors or *.bin")
-    if config.seqlen > shape.max_position_embeddings:
-        print(f"warning: windows of {config.seqlen} tokens: the model is for {shape.max_position_embeddings} at most")
+    longest = max(config.seqlen, config.eval_seqlen)
+    if longest > shape.max_position_embeddings:
+        print(f"warning: windows of {longest} tokens: the model is for {shape.max_position_embeddings} at most")
     load_calibration(config)
-    windows = config.eval_windows or None
-    get_evaluation_windows(get_tokenizer(config.model), config.eval_dataset, config.seqlen, windows)
+    if len({*evaluation_windows(config).articles}) < 2:
+        print("warning: one evaluation window gives no interval: ask for more by --eval_windows")
     text = config.eval_dataset
     if text == config.calib_dataset and Path(text or "").is_file():
         print(f"warning: {text} is both calibrated on and evaluated on: expect perplexities that are too good")

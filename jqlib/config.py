@@ -28,9 +28,12 @@ class Config:
     profile: str = _setting("full", "how much work: quick, standard or full")
     recipe: str = _setting("jointquant", "a method that notebook 05 shows besides those it always has")
     nsamples: int = _setting(128, "calibration windows")
-    seqlen: int = _setting(2048, "tokens a window, in calibration and in evaluation")
+    seqlen: int = _setting(2048, "tokens of a calibration window")
     max_tokens: int = _setting(2048, "tokens a site that the solvers see")
-    eval_windows: int = _setting(0, "windows of the test text; 0 is all of them")
+    eval_seqlen: int = _setting(2048, "tokens of an evaluation window")
+    eval_windows: int = _setting(0, "evaluation windows; 0 is all of the text")
+    eval_split: str = _setting("test", "text that is evaluated on: test, or validation to choose by")
+    eval_draw: str = _setting("spread", "which windows, if not all: spread over the text, or its first")
     r1_lr: float = _setting(1e-3, "learning rate for R1 of sgd, adam and cayley; the joint solver needs none")
     r1_epochs: int = _setting(10, "epochs for R1 of sgd, adam and cayley")
     r2_lr: float = _setting(1e-3, "learning rate for R2 of sgd, adam and cayley")
@@ -76,7 +79,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method: what is done to a model before its weights and activations are rounded."""
+    """A method: what is done to a model before its weights and activations are rounded.
+
+    Raises ValueError for a recipe that would be refined as another model than the one that is built.
+    """
 
     label: str
     r1: str | None = None  # None, "hadamard", a solver, or "output": with the norms' scales
@@ -92,6 +98,14 @@ class Recipe:
     refine: tuple[str, ...] = ()  # what is learned end to end before the weights are rounded
     tune: bool = False  # end to end, after
 
+    def __post_init__(self):
+        simulated = {"down"} if self.r1 else {"qkv", "ug", "down"}  # what `refine` has Hadamard transforms at
+        if self.refine and (not self.r2 or {*self.online} != simulated):
+            raise ValueError(
+                f"recipe {self.label!r}: refine={self.refine} needs R2 (here {self.r2}) and Hadamard transforms online "
+                f"at {', '.join(sorted(simulated))} (here {', '.join(sorted(self.online)) or 'nowhere'})"
+            )
+
 
 R4, EVERYWHERE = ("down",), ("qkv", "o", "ug", "down")
 QUAROT = Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", R4, a_clip=0.9)
@@ -102,7 +116,7 @@ DARTQUANT = Recipe(
 JOINTQUANT = Recipe("JointQuant", "mm", "mm", R4, smooth=("o", "down"), a_clip=0.9, o_per_head=True)
 BEST = replace(
     JOINTQUANT, label="JointQuant, best", r1="output", objective="range", weights="gptq", measure="l2",
-    gptq_inputs="quantised", refine=("R1", "R2", "scale", "clip"), tune=True,
+    gptq_inputs="quantised", refine=("R1", "R2", "scale", "smooth", "clip"), tune=True,
 )  # fmt: skip
 RECIPES = {
     "rtn": Recipe("RTN"),
@@ -110,26 +124,35 @@ RECIPES = {
     "quarot": QUAROT,
     "quarot-best": QUAROT_BEST,
     "quarot-tuned": replace(QUAROT_BEST, label="QuaRot, best, tuned", tune=True),
-    "quip": Recipe("QuIP (Hadamard online everywhere)", online=EVERYWHERE, a_clip=0.9),
+    "hadamard-online": Recipe("Hadamard online everywhere", online=EVERYWHERE, a_clip=0.9),
     "dartquant": DARTQUANT,
     "dartquant-r2": replace(DARTQUANT, label="DartQuant (R2 as meant)", r2="sgd"),
-    "spinquant": replace(QUAROT_BEST, label="SpinQuant (end to end)", refine=("R1", "R2")),
-    "ostquant": replace(
-        QUAROT_BEST, label="OSTQuant-like (end to end, with scales)", refine=("R1", "R2", "scale")
+    "spinquant-like": replace(QUAROT_BEST, label="SpinQuant-like: R1, R2 by KL", refine=("R1", "R2")),
+    "ostquant-like": replace(
+        QUAROT_BEST, label="OSTQuant-like: R1, R2, scales by KL", refine=("R1", "R2", "scale", "smooth")
+    ),
+    "control": replace(
+        BEST, label="Control: Hadamard, all else as best", r1="hadamard", r2="hadamard",
+        refine=("scale", "smooth", "clip"),
     ),
     "jointquant": JOINTQUANT,
     "jointquant-best": BEST,
     "jointquant-online": replace(
         BEST, label="JointQuant, online", r1=None, online=("qkv", "ug", "down"), smooth=EVERYWHERE,
-        refine=("R2", "scale", "clip"),
+        refine=("R2", "smooth", "clip"),
     ),
 }  # fmt: skip
+SMOOTHED_BY_CHOICE = ("jointquant", "jointquant-best", "jointquant-online", "control")  # what `use_smooth` switches
 
 PROFILES = {
-    "quick": {"nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_windows": 4, "refine_steps": 20},
-    "standard": {"nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_windows": 4, "refine_steps": 60},
+    "quick": {
+        "nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_seqlen": 512, "eval_windows": 8, "refine_steps": 20,
+    },
+    "standard": {
+        "nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_seqlen": 1024, "eval_windows": 16, "refine_steps": 60,
+    },
     "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": 0},
-}
+}  # fmt: skip
 
 PRESETS = {"meta-llama/Meta-Llama-3-8B": {"dtype": "bfloat16"}}
 
@@ -137,7 +160,8 @@ HELP = {f.name: f.metadata["help"] for f in fields(Config)}
 KINDS = {f.name: f.type if isinstance(f.type, type) else f.type.__args__[0] for f in fields(Config)}
 OPTIONAL = {f.name for f in fields(Config) if not isinstance(f.type, type)}
 LIMITS = [
-    ("nsamples", 1, 1e6), ("seqlen", 2, 1e6), ("max_tokens", 1, 1e9), ("eval_windows", 0, 1e9),
+    ("nsamples", 1, 1e6), ("seqlen", 2, 1e6), ("max_tokens", 1, 1e9), ("eval_seqlen", 2, 1e6),
+    ("eval_windows", 0, 1e9),
     ("r1_lr", 0, 1e9), ("r2_lr", 0, 1e9), ("r1_epochs", 1, 1e6), ("r2_epochs", 1, 1e6), ("smooth_alpha", 0, 1),
     ("refine_steps", 0, 1e6), ("w_bits", 2, 16), ("a_bits", 2, 16), ("kv_bits", 2, 16), ("w_groupsize", 1, 1e9),
     ("seed", 0, 2**31),
@@ -148,6 +172,8 @@ CHOICES = {
     "solver": ("mm", "sgd", "adam", "cayley", "greedy"),
     "objective": ("whip", "range", "kurtosis", "lp", "quant_error"),
     "init_mode": ("hadamard", "random", "identity"),
+    "eval_split": ("test", "validation"),
+    "eval_draw": ("spread", "first"),
     "weights": ("rtn", "gptq"),
     "dtype": ("float32", "bfloat16", "float16"),
 }

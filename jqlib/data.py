@@ -2,24 +2,45 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from jqlib import embedded
 
-HUB = {  # name -> (repository, files of the split we calibrate on, files of the split we test on)
+HUB = {  # name -> (repository, files of each split)
     "wikitext2": (
         "Salesforce/wikitext",
-        "wikitext-2-raw-v1/train-*.parquet",
-        "wikitext-2-raw-v1/test-*.parquet",
+        {
+            "calibration": "wikitext-2-raw-v1/train-*.parquet",
+            "validation": "wikitext-2-raw-v1/validation-*.parquet",
+            "test": "wikitext-2-raw-v1/test-*.parquet",
+        },
     ),
     "c4": (
         "allenai/c4",
-        "en/c4-train.00000-of-01024.json.gz",
-        "en/c4-validation.00000-of-00008.json.gz",
+        {
+            "calibration": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-train.00001-of-01024.json.gz",
+            "test": "en/c4-validation.00000-of-00008.json.gz",
+        },
     ),
 }
 C4_ROWS = 10_000  # of one shard: enough for 128 windows of 2048
+EVALUATION_SEED = 0  # of the draw of windows: never the run's, for rows of all seeds are compared on the same windows
+BLOCK = 8  # adjoining windows that an interval resamples as one, where there are no articles
+
+
+class Windows(NamedTuple):
+    """Evaluation windows: ``ids``, int64, (windows, seqlen), and what each is from.
+
+    ``articles``: a number for every window, the same for windows that an interval must resample together: those of one
+    article, or of one block of a text that has none.
+    """
+
+    ids: Tensor
+    articles: list[int]
 
 
 def get_calibration_data(
@@ -30,38 +51,73 @@ def get_calibration_data(
     seed: int = 0,
     *,
     least: int | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Token windows to calibrate on: int64, (nsamples, seqlen).
 
-    The text of the calibration split is tokenised as one piece without BOS and cut into windows
-    that do not overlap; ``seed`` chooses which. ``dataset``: ``"wiki"`` (embedded), ``"wikitext2"``,
-    ``"c4"``, a folder in the hub's layout (parquet) or a text file; by default ``"wiki"`` for the
-    embedded model and ``"wikitext2"`` for any other.
+    The text of the calibration split is tokenised without BOS and cut into windows that do not overlap; ``seed``
+    chooses which. ``dataset``: ``"wiki"`` (embedded), ``"wikitext2"``, ``"c4"``, a folder in the hub's layout (parquet)
+    or a text file; by default ``"wiki"`` for the embedded model and ``"wikitext2"`` for any other.
 
     Raises ValueError when the text holds fewer windows than asked; where ``least`` are enough, there may be fewer.
     """
-    windows = _windows(tokenizer, dataset, "calibration", seqlen, nsamples if least is None else least)
+    dataset = dataset or _default(tokenizer)
+    ids = torch.cat(_tokens(tokenizer, dataset, "calibration"))
+    windows = _cut(ids, seqlen, nsamples if least is None else least, f"calibration text of {dataset!r}")
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:nsamples]]
 
 
-def get_evaluation_windows(tokenizer, dataset: str | None = None, seqlen: int = 2048, max_windows: int | None = None):
-    """The first ``max_windows`` (None: all) windows of the test split: int64, (windows, seqlen)."""
-    return _windows(tokenizer, dataset, "test", seqlen, 1 if max_windows is None else max_windows)[:max_windows]
+def get_evaluation_windows(
+    tokenizer,
+    dataset: str | None = None,
+    seqlen: int = 2048,
+    max_windows: int | None = None,
+    *,
+    split: str = "test",
+    windows: str = "spread",
+) -> Windows:
+    """Windows to evaluate on, which do not overlap: ``max_windows`` of them, or with None all of the text.
+
+    ``windows="spread"`` takes them from everywhere. Of a corpus of articles (``wiki``) each lies within one article:
+    every article of ``seqlen`` tokens or more gives one, at a drawn place and in drawn order, before any gives a
+    second. The draw has a seed of its own, and fewer windows are the first of more. Of any other text, or where more
+    are asked for than lie within articles, they are evenly spaced. ``windows="first"`` takes the first of the text,
+    as published tables do with the whole of it. ``split``: ``"test"``, or ``"validation"`` to choose by.
+
+    Raises ValueError when the text holds fewer windows than asked.
+    """
+    if windows not in ("spread", "first"):
+        raise ValueError(f"windows={windows!r} is unknown; there are spread, first")
+    dataset = dataset or _default(tokenizer)
+    articles = _tokens(tokenizer, dataset, split)
+    whole = _cut(torch.cat(articles), seqlen, 1 if max_windows is None else max_windows, f"{split} text of {dataset!r}")
+    wanted = len(whole) if max_windows is None else max_windows
+    if windows == "spread" and wanted < len(whole):
+        drawn = _within_articles([len(a) for a in articles], seqlen) if len(articles) > 1 else []
+        if wanted <= len(drawn):
+            ids = torch.stack([articles[article][start : start + seqlen] for article, start in drawn[:wanted]])
+            return Windows(ids, [article for article, _ in drawn[:wanted]])
+        places = [(2 * i + 1) * len(whole) // (2 * wanted) for i in range(wanted)]
+    else:
+        places = list(range(wanted))
+    return Windows(whole[places], _sources(places, articles, seqlen))
 
 
-def load_text(dataset: str, split: str) -> str:
-    """One string: the ``calibration`` or the ``test`` text of a data set, rows joined by a blank line."""
+def load_articles(dataset: str, split: str) -> list[str]:
+    """The ``calibration``, ``validation`` or ``test`` text of a data set: its articles, or one string of all rows.
+
+    Rows are joined by a blank line. A text file is the same for every split.
+    """
     if dataset == embedded.CORPUS:
-        return embedded.corpus_text(split)
+        return embedded.corpus_articles(split)
     if dataset in HUB:
-        return _hub_text(dataset, split)
+        return [_hub_text(dataset, split)]
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return _folder_text(path, split)
+        return [_folder_text(path, split)]
     if path.is_file():
         try:
-            return path.read_text(encoding="utf-8")
+            return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
             raise ValueError(f"data set {dataset} is not a UTF-8 text file ({error})") from error
     raise FileNotFoundError(
@@ -77,27 +133,54 @@ def path_fingerprint(name: str) -> str:
     return " ".join([name, *(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)])
 
 
-def _windows(tokenizer, dataset: str | None, split: str, seqlen: int, wanted: int) -> torch.Tensor:
+def _default(tokenizer) -> str:
+    return getattr(tokenizer, "default_dataset", "wikitext2")
+
+
+def _tokens(tokenizer, dataset: str, split: str) -> list[Tensor]:
+    """The token ids of each article, a blank line behind all but the last."""
+    *others, last = load_articles(dataset, split)
+    texts = [*(f"{article}\n\n" for article in others), last]
+    return [torch.tensor(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def _cut(ids: Tensor, seqlen: int, wanted: int, text: str) -> Tensor:
+    """All windows of a text in order, at least ``wanted`` of them: (windows, seqlen)."""
     if seqlen < 2 or wanted < 1:
         raise ValueError(f"{wanted} windows of {seqlen} tokens: at least 1 window and 2 tokens are needed")
-    dataset = dataset or getattr(tokenizer, "default_dataset", "wikitext2")
-    ids = tokenizer(load_text(dataset, split), add_special_tokens=False, verbose=False)["input_ids"]
     count = len(ids) // seqlen
     if count < wanted:
         raise ValueError(
-            f"the {split} text of {dataset!r} has {len(ids):,} tokens: {count} windows of {seqlen}, but {wanted} "
+            f"the {text} has {len(ids):,} tokens: {count} windows of {seqlen}, but {wanted} "
             "were asked for. Ask for fewer or shorter windows, or give a longer text."
         )
-    return torch.tensor(ids[: count * seqlen]).view(count, seqlen)
+    return ids[: count * seqlen].view(count, seqlen)
+
+
+def _within_articles(lengths: list[int], seqlen: int) -> list[tuple[int, int]]:
+    """(article, first token) of every window that lies within an article, in the order in which they are taken."""
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
+    drawn = []
+    for article, length in enumerate(lengths):
+        for turn, place in enumerate(torch.randperm(length // seqlen, generator=generator).tolist()):
+            drawn.append((turn, torch.rand(1, generator=generator).item(), article, place * seqlen))
+    return [(article, start) for _, _, article, start in sorted(drawn)]
+
+
+def _sources(places: list[int], articles: list[Tensor], seqlen: int) -> list[int]:
+    """What windows at these places of the whole text are from: the article they begin in, or a block, or their own."""
+    if len(articles) > 1:
+        ends = torch.tensor([len(a) for a in articles]).cumsum(0)
+        return torch.searchsorted(ends, torch.tensor(places) * seqlen, right=True).tolist()
+    return [i // BLOCK if len(places) >= 8 * BLOCK else i for i in range(len(places))]
 
 
 def _hub_text(dataset: str, split: str) -> str:
     from datasets import load_dataset
 
-    repository, train, test = HUB[dataset]
-    files = {"rows": train if split == "calibration" else test}
+    repository, files = HUB[dataset]
     try:
-        rows = load_dataset(repository, data_files=files, split="rows", verification_mode="no_checks")
+        rows = load_dataset(repository, data_files={"rows": files[split]}, split="rows", verification_mode="no_checks")
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
             f"data set {dataset!r} ({repository}) could not be had from the Hugging Face hub: {error}\n"
@@ -109,10 +192,10 @@ def _hub_text(dataset: str, split: str) -> str:
 
 
 def _folder_text(folder: Path, split: str) -> str:
-    """Rows of ``train*.parquet`` or ``test*.parquet`` anywhere under the folder, of one configuration only."""
+    """Rows of a split's parquet files (train, validation, test) anywhere under the folder, of one configuration."""
     from datasets import load_dataset
 
-    name = "train" if split == "calibration" else "test"
+    name = "train" if split == "calibration" else split
     files = sorted(f for f in folder.rglob("*.parquet") if re.match(rf"{name}\b", f.name) or f.parent.name == name)
     if not files:
         raise FileNotFoundError(

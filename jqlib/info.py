@@ -59,7 +59,7 @@ def peak_bytes(config: Config) -> int:
     token samples, solver, the logits of a window, and two Pythons."""
     model = _without_weights(config)
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize
-    logits = 3 * 4 * config.seqlen * model.config.vocab_size  # float32: they, their softmax, a copy
+    logits = 3 * 4 * config.eval_seqlen * model.config.vocab_size  # float32: they, their softmax, a copy
     return 3 * weights + sum(_working_memory(config, model)) + logits + 2 * PYTHON
 
 
@@ -87,7 +87,7 @@ def _memory(config: Config, model: nn.Module, weights: int) -> list[str]:
 def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list[str]:
     speed = _operations_per_second(config.device, dtype)
     calibration = 2 * in_layers * config.nsamples * config.seqlen / speed
-    window = 2 * (in_layers + head) * config.seqlen / speed
+    window = 2 * (in_layers + head) * config.eval_seqlen / speed
     stage = config.refine_steps * 4 * 2 * (in_layers + head) * TOKENS / speed  # forward, backward, and the FP model's
     return [
         f"time at {speed / 1e9:.0f} billion operations a second ({config.device}): {calibration:.0f} s to collect "

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from jqlib import models
 from jqlib.activations import Moments, collect_activations
-from jqlib.config import RECIPES, Config, Recipe
-from jqlib.data import get_calibration_data, path_fingerprint
+from jqlib.config import RECIPES, SMOOTHED_BY_CHOICE, Config, Recipe
+from jqlib.data import EVALUATION_SEED, Windows, get_calibration_data, get_evaluation_windows, path_fingerprint
 from jqlib.distill import TOKENS
-from jqlib.evaluate import Perplexity, evaluate_perplexity
+from jqlib.evaluate import Reference, evaluate_windows, last_hidden
 from jqlib.joint import train_r1_joint, train_r2_independent
 from jqlib.models import site_targets
 from jqlib.output import train_r1_output
@@ -41,6 +41,14 @@ def load_calibration(config: Config) -> Tensor:
     """The run's calibration windows, (nsamples, seqlen)."""
     tokenizer = models.get_tokenizer(config.model)
     return get_calibration_data(tokenizer, config.nsamples, config.seqlen, config.calib_dataset, config.seed)
+
+
+def evaluation_windows(config: Config) -> Windows:
+    """The run's evaluation windows."""
+    return get_evaluation_windows(
+        models.get_tokenizer(config.model), config.eval_dataset, config.eval_seqlen, config.eval_windows or None,
+        split=config.eval_split, windows=config.eval_draw,
+    )  # fmt: skip
 
 
 def activations(config: Config, *names: str) -> tuple[dict[str, Tensor], float]:
@@ -145,10 +153,10 @@ def recipe_of(config: Config, name: str | None = None) -> Recipe:
     name = name or config.recipe
     recipe = RECIPES[name]
     if name.startswith("jointquant"):
-        smooth = recipe.smooth if config.use_smooth else ()
         by_loss = recipe.r1 == "output" and config.refine_steps
-        r1 = "output" if by_loss else recipe.r1 and config.solver
-        recipe = replace(recipe, r1=r1, r2=config.solver, smooth=smooth)
+        recipe = replace(recipe, r1="output" if by_loss else recipe.r1 and config.solver, r2=config.solver)
+    if name in SMOOTHED_BY_CHOICE and not config.use_smooth:
+        recipe = replace(recipe, smooth=(), refine=tuple(kind for kind in recipe.refine if kind != "smooth"))
     return recipe
 
 
@@ -220,7 +228,7 @@ def _transformed(config: Config, recipe: Recipe | None):
 
 
 def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) -> dict:
-    """One row of a table: the perplexity of a recipe at these bits; ``recipe=None`` is the FP model untouched.
+    """One row of a table: perplexity, KL from FP and top-1 agreement of a recipe at these bits; None is FP untouched.
 
     Weights are rounded as the recipe says, else as the run does (``config.weights``), the KV cache as the run says.
     """
@@ -230,6 +238,7 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
     tune_steps = config.refine_steps if recipe and recipe.tune and w_bits < OFF else 0
 
     def make():
+        reference = Reference(fp_hidden(config), load_model(config).get_output_embeddings())
         model, clips, seconds = _transformed(config, recipe)
         if recipe:
             teacher, model = model, deepcopy(model)  # rotated, it still computes what it did
@@ -243,22 +252,27 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
                     groupsize=config.w_groupsize, steps=tune_steps, seed=config.seed + 1, keep=keep, resume=state,
                 )  # fmt: skip
             seconds += time.perf_counter() - start
-        ppl = evaluate_perplexity(
-            model, models.get_tokenizer(config.model), config.device,
-            dataset=config.eval_dataset, seqlen=config.seqlen, max_windows=config.eval_windows or None,
-        )  # fmt: skip
+        ppl = evaluate_windows(model, evaluation_windows(config), config.device, reference)
         online = online_operations(model, recipe.online if recipe else ())
-        return {}, _row(ppl, config.seqlen) | {
-            "calibration_seconds": seconds, "online_operations": online, "peak_rss_bytes": peak_rss_bytes(),
+        return {}, ppl.row() | {
+            "tokens_a_second": len(ppl.nll) * config.eval_seqlen / ppl.seconds, "calibration_seconds": seconds,
+            "online_operations": online, "peak_rss_bytes": peak_rss_bytes(),
         }  # fmt: skip
 
-    depends = _recipe_depends(config, recipe) | {
-        name: getattr(config, name) for name in ("eval_windows", "w_groupsize")
-    }
-    depends["eval_dataset"] = path_fingerprint(config.eval_dataset or "default")
+    depends = _recipe_depends(config, recipe) | _evaluation_depends(config) | {"w_groupsize": config.w_groupsize}
     depends |= bits | {"tune_steps": tune_steps, "gptq_inputs": recipe.gptq_inputs if weights == "gptq" else None}
     values = artifact(config.folder, "evaluation", depends, make)[1]
     return bits | {name: value for name, value in values.items() if name != "reused"}
+
+
+def fp_hidden(config: Config) -> Tensor:
+    """The FP model's last hidden states on the evaluation windows, (windows, eval_seqlen, hidden)."""
+    depends = _fp_depends(config) | _evaluation_depends(config)
+
+    def make():
+        return {"hidden": last_hidden(load_model(config), evaluation_windows(config).ids)}, {}
+
+    return artifact(config.folder, "fp-hidden", depends, make)[0]["hidden"]
 
 
 def _quantise(config: Config, recipe: Recipe, model, clips, calib_data, *, weights: str, w_bits: int, **bits: int):
@@ -281,16 +295,20 @@ def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
         collect_activations(model, windows, site_targets(model), config.device, 1, raw=True, moments=moments)
         return {}, {"kurtosis": {name: m.kurtosis for name, m in moments.items()}}
 
-    return artifact(config.folder, "kurtosis", _recipe_depends(config, recipe), make)[1]["kurtosis"]
+    return artifact(config.folder, "kurtosis", _depends(config) | _recipe_depends(config, recipe), make)[1]["kurtosis"]
 
 
 def protocol(config: Config) -> dict:
-    """How the perplexities of a run were measured: goes beside every table."""
+    """How a run was measured: goes beside every table."""
     default = models.get_tokenizer(config.model).default_dataset
+    windows = evaluation_windows(config)
+    drawn = {"first": "first", "spread": f"spread over the text, seed {EVALUATION_SEED}"}[config.eval_draw]
     return {
-        "dataset": config.eval_dataset or default, "split": "test", "seqlen": config.seqlen,
-        "windows": config.eval_windows or "all", "bos": False,
+        "dataset": config.eval_dataset or default, "split": config.eval_split, "seqlen": config.eval_seqlen,
+        "windows": len(windows.ids), "drawn": drawn if config.eval_windows else "all",
+        "articles_or_blocks": len({*windows.articles}), "bos": False,
         "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
+        "calibration_seqlen": config.seqlen,
         "not_quantised": "embeddings, lm_head" + (", KV cache" if config.kv_bits == OFF else ""),
     }  # fmt: skip
 
@@ -298,7 +316,7 @@ def protocol(config: Config) -> dict:
 def _recipe_depends(config: Config, recipe: Recipe | None) -> dict:
     """What `transform` depends on (recipe None: the FP model): what the recipe does, whatever it is called."""
     if recipe is None:
-        return _depends(config) | {"recipe": None}
+        return _fp_depends(config)
     names = ("objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs", "smooth_alpha", "max_tokens")
     names += ("refine_steps", "a_bits") if recipe.refine else ()
     names += FOR_OUTPUT if recipe.r1 == "output" else ()
@@ -311,13 +329,17 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
     return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
 
 
-def _row(ppl: Perplexity, seqlen: int) -> dict:
-    speed = len(ppl.nll) * seqlen / ppl.seconds
-    return {"ppl": float(ppl), "ppl_low": ppl.low, "ppl_high": ppl.high, "nll": ppl.nll, "tokens_a_second": speed}
-
-
 def _training(history: list[dict], collect_seconds: float) -> dict:
     return {"history": history, "train_seconds": history[-1]["seconds"], "collect_seconds": collect_seconds}
+
+
+def _evaluation_depends(config: Config) -> dict:
+    depends = {name: getattr(config, name) for name in ("eval_seqlen", "eval_windows", "eval_split", "eval_draw")}
+    return depends | {"eval_dataset": path_fingerprint(config.eval_dataset or "default")}
+
+
+def _fp_depends(config: Config) -> dict:
+    return {"model": models.fingerprint(config.model), "dtype": config.dtype, "device": config.device, "recipe": None}
 
 
 def _depends(config: Config, *names: str) -> dict:

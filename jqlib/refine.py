@@ -20,7 +20,7 @@ from jqlib.quant import OFF, quantize_activation
 from jqlib.rotation import fuse_layer_norms
 from jqlib.smooth import expand_to_heads
 
-RATES = {"R1": 4e-4, "R2": 8e-4, "scale": 1e-2, "clip": 2e-3}  # Adam's
+RATES = {"R1": 4e-4, "R2": 8e-4, "scale": 1e-2, "smooth": 1e-2, "clip": 2e-3}  # Adam's; scales: of norms behind R1
 
 
 class Refined(NamedTuple):
@@ -56,7 +56,7 @@ def refine(
     ``o_per_head`` as `rotate_model` and `quantize_model` take them, the rest as `distill` does. R2 of every layer is
     needed, R4 is on; without R1 the sites of norms have a Hadamard transform online, and their scales are in
     ``smooth_scale``; behind R1 those of ``norm_scale`` are where they start, or 1. ``learn``: which kinds move, of
-    "R1", "R2", "scale" (norms' and smoothing) and "clip".
+    "R1", "R2", "scale" (of norms behind R1), "smooth" (of the other sites) and "clip".
 
     Raises ValueError for ``a_bits`` outside 2..15, an unknown kind or a layer without R2, FloatingPointError where
     the loss is not finite.
@@ -119,14 +119,14 @@ class Simulation:
 
     def heads(self, name: str, x: Tensor) -> Tensor:
         R = self.turned2[name]  # (kv, d, d)
-        scale = expand_to_heads(self.model, self.knobs[f"scale {name}"].exp(), x.shape[-1])
+        scale = expand_to_heads(self.model, self.knobs[f"smooth {name}"].exp(), x.shape[-1])
         y = (x / scale).unflatten(-1, (len(R), -1, R.shape[-1]))  # (..., kv, group, d)
         y = torch.einsum("...kgd,kde->...kge", y, R)
         y = self.rounded(name, y) if self.o_per_head else self.rounded(name, y.flatten(-3)).view(y.shape)
         return torch.einsum("...kge,kde->...kgd", y, R).flatten(-3) * scale
 
     def online(self, name: str, x: Tensor) -> Tensor:
-        scale = self.knobs[f"scale {name}"].exp()
+        scale = self.knobs[f"smooth {name}"].exp()
         return hadamard_transform(self.rounded(name, hadamard_transform(x / scale)), inverse=True) * scale
 
     def rounded(self, name: str, y: Tensor) -> Tensor:
@@ -134,15 +134,17 @@ class Simulation:
 
     @torch.no_grad()
     def result(self) -> Refined:
-        knobs = {name: value.detach().cpu() for name, value in self.knobs.items()}
-        scales = {name.split()[1]: value.exp() for name, value in knobs.items() if name.startswith("scale ")}
-        behind_r1 = norms_of(self.model) if self.R1 is not None else {}
+        """What was found; smoothing scales that are all 1 are none."""
+        found: dict[str, dict] = {kind: {} for kind in RATES}
+        for knob, value in self.knobs.items():
+            kind, _, name = knob.partition(" ")
+            found[kind][name] = value.detach().cpu()
         return Refined(
-            turned(self.R1.cpu(), knobs["R1"]) if self.R1 is not None else None,
-            {name: turned(R.cpu(), knobs[f"R2 {name}"]) for name, R in self.R2.items()},
-            {name: scale for name, scale in scales.items() if name in behind_r1},
-            {name: scale for name, scale in scales.items() if name not in behind_r1},
-            {name.split()[1]: value.item() for name, value in knobs.items() if name.startswith("clip ")},
+            turned(self.R1.cpu(), found["R1"][""]) if self.R1 is not None else None,
+            {name: turned(R.cpu(), found["R2"][name]) for name, R in self.R2.items()},
+            {name: scale.exp() for name, scale in found["scale"].items()},
+            {name: scale.exp() for name, scale in found["smooth"].items() if scale.any()},
+            {name: clip.item() for name, clip in found["clip"].items()},
         )
 
 
@@ -150,9 +152,11 @@ def _knobs(model, R1: Tensor | None, R2: dict[str, Tensor], scales: dict[str, Te
     """What is learned, by name: skew generators of the turns of R1 and R2, logarithms of scales, clips."""
     knobs = {"R1": torch.zeros_like(R1)} if R1 is not None else {}
     knobs |= {f"R2 {name}": torch.zeros_like(R) for name, R in R2.items()}
+    behind_r1 = norms_of(model) if R1 is not None else {}
     for name in site_targets(model):
         features = R2[name][..., 0].numel() if name in R2 else model.get_submodule(name).in_features
-        knobs[f"scale {name}"] = scales[name].log() if name in scales else torch.zeros(features)
+        kind = "scale" if name in behind_r1 else "smooth"
+        knobs[f"{kind} {name}"] = scales[name].log() if name in scales else torch.zeros(features)
         knobs[f"clip {name}"] = torch.tensor(a_clip)
     return {name: value.to(model.device) for name, value in knobs.items()}
 

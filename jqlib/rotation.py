@@ -1,7 +1,8 @@
 """Fusing norms and rotating a model, without changing what it computes.
 
-Everything is merged in float64 and cast back once. R1 and R2 vanish into the weights; R4, a Hadamard
-transform of down_proj's input, runs online, and so may one at any other site (QuIP#'s, QuaRot's).
+Every merge is done in float64 and cast back after it: a weight that takes three merges is cast three times. R1 and R2
+vanish into the weights; R4, a Hadamard transform of down_proj's input, runs online, and so may one at any other site
+(QuIP#'s, QuaRot's).
 """
 
 import torch

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "datasets", "numpy", "pandas", "matplotlib"
 # the modules that decide what an artifact holds; a change of their code makes it anew
 METHOD = ("embedded", "models", "data", "activations", "hadamard", "rotation", "objectives", "solver", "joint",
           "baselines", "smooth", "quant", "gptq", "kv_cache", "quantize", "distill", "refine", "output",
-          "tune", "evaluate", "pipeline")  # fmt: skip
+          "tune", "intervals", "evaluate", "pipeline")  # fmt: skip
 
 Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
 

@@ -18,7 +18,15 @@ def config(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
     names = {"model": "model", "calib_dataset": "text.txt", "eval_dataset": "text.txt", "output_dir": "out"}
-    small = {"profile": "quick", "nsamples": 2, "seqlen": 64, "max_tokens": 64, "eval_windows": 2, "refine_steps": 3}
+    small = {
+        "profile": "quick",
+        "nsamples": 2,
+        "seqlen": 64,
+        "max_tokens": 64,
+        "eval_seqlen": 64,
+        "eval_windows": 2,
+        "refine_steps": 3,
+    }
     return make_config({name: str(tmp_path / file) for name, file in names.items()} | small)
 
 
@@ -49,7 +57,7 @@ def test_r1_goes_by_the_loss_where_the_run_has_steps_for_it(config):
 
 
 def test_activations_left_alone_are_nothing_to_refine_by(config, capsys):
-    pipeline.transform(replace(config, a_bits=16), RECIPES["spinquant"])
+    pipeline.transform(replace(config, a_bits=16), RECIPES["spinquant-like"])
     assert "refining" not in capsys.readouterr().err
 
 

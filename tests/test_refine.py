@@ -100,8 +100,8 @@ def test_every_layer_needs_its_r2(start):
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"a_bits": 16}, "a_bits=16: refine learns by the rounding of activations, to 2..15 bits"),
-    ({"learn": ("r1",)}, r"learn=\('r1',\): expected some of R1, R2, scale, clip"),
-    ({"learn": ()}, r"learn=\(\): expected some of R1, R2, scale, clip"),
+    ({"learn": ("r1",)}, r"learn=\('r1',\): expected some of R1, R2, scale, smooth, clip"),
+    ({"learn": ()}, r"learn=\(\): expected some of R1, R2, scale, smooth, clip"),
 ])  # fmt: skip
 def test_what_it_cannot_learn_is_refused(start, wrong, message):
     with pytest.raises(ValueError, match=message):

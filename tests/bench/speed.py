@@ -16,7 +16,7 @@ from cost import seconds
 from jqlib import models, pipeline, store
 from jqlib.config import RECIPES, get_smollm2_135m_config
 from jqlib.data import get_evaluation_windows
-from jqlib.evaluate import window_nll
+from jqlib.evaluate import read_window
 from jqlib.quantize import quantize_model
 
 SEQLEN = 2048
@@ -33,7 +33,7 @@ def main() -> None:
     taken: dict[str, list[float]] = {name: [] for name in every}
     for window in windows:
         for name, model in every.items():
-            taken[name].append(seconds(partial(window_nll, model, window)))
+            taken[name].append(seconds(partial(read_window, model, window)))
     plain = taken["Hugging Face"][1:]  # the first window warms up
     rows = [
         {
