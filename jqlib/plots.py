@@ -93,10 +93,9 @@ def what_4_bits_sees(tokens: Mapping[str, np.ndarray], bits: int = 4) -> Figure:
             error = ((rounded - token) ** 2).sum() / (token**2).sum()
             axis.plot(token, ".", ms=3, label="activation")
             axis.plot(rounded, ".", ms=3, label=f"what {bits} bits see")
-            used = len(np.unique(rounded))
-            axis.set(
-                title=f"{name}\n{used} of {2**bits} levels used, error {error:.2%}", xlabel="channel", ylabel="value"
-            )
+            zeros = (rounded == 0).mean()
+            axis.set(title=f"{name}\n{zeros:.0%} of its values become 0, error {error:.2%}")
+            axis.set(xlabel="channel", ylabel="value")
             axis.grid(False)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=2, markerscale=3)
         return figure
@@ -184,7 +183,7 @@ def intervals(
         figure, axis = plt.subplots(figsize=(8, 0.55 + 0.42 * len(names) + 0.3 * len(kinds)))
         for i, (kind, rows) in enumerate((k, table[table[groups] == k]) for k in kinds):
             y = np.array([names.index(n) for n in rows[label]]) + apart * (i - (len(kinds) - 1) / 2)
-            error = [rows.ppl - rows.ppl_low, rows.ppl_high - rows.ppl]
+            error = [rows.ppl - rows.ppl_low.astype(float), rows.ppl_high.astype(float) - rows.ppl]
             axis.errorbar(rows.ppl, y, xerr=error, fmt="o", capsize=3, label=kind)
         if line:
             axis.axvline(line, color="k", ls="--", lw=1)
@@ -199,6 +198,28 @@ def intervals(
         )
         _plain_decades(axis.xaxis)
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=min(len(kinds), 4))
+        return figure
+
+
+def fidelity(table: pd.DataFrame, label: str, groups: str) -> Figure:
+    """``gap``, ln(PPL/FP), and ``kl``, each with its interval (``gap_low`` …): one row a line, the best at the top."""
+    table = table.sort_values("gap")
+    panels = {"gap": "ln(PPL / FP), nats a token (log)", "kl": "KL from FP, nats a token (log)"}
+    with styled():
+        figure, axes = plt.subplots(1, 2, figsize=(10, 1.3 + 0.36 * len(table)), sharey=True)
+        for axis, (name, xlabel) in zip(axes, panels.items(), strict=True):
+            values = table[[name, f"{name}_low", f"{name}_high"]].astype(float).clip(lower=1e-3)
+            value, low, high = (values[column].to_numpy() for column in values)
+            for kind in dict.fromkeys(table[groups]):
+                of = (table[groups] == kind).to_numpy()
+                error = [(value - low)[of], (high - value)[of]]
+                axis.errorbar(value[of], np.flatnonzero(of), xerr=error, fmt="o", capsize=3, label=kind)
+            for y, x, end in zip(range(len(table)), value, np.nanmax([value, high], 0), strict=True):
+                axis.text(end * 1.08, y, f"{x:.2f}", va="center", fontsize=8)
+            axis.set(xscale="log", xlabel=xlabel, xlim=(np.nanmin([value, low]) * 0.8, np.nanmax([value, high]) * 1.7))
+            _plain_decades(axis.xaxis)
+        axes[0].set(yticks=range(len(table)), yticklabels=table[label], ylim=(len(table) - 0.4, -0.6))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
         return figure
 
 

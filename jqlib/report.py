@@ -10,7 +10,8 @@ from jqlib.config import KINDS
 from jqlib.store import write
 
 RESULTS = "05_w4a4_eval.json"
-COLUMNS = ["method", "weights", "w_bits", "a_bits", "kv_bits", "ppl", "ppl_low", "ppl_high", "seconds"]
+COLUMNS = ["method", "weights", "w_bits", "a_bits", "kv_bits", "ppl", "ppl_low", "ppl_high", "kl", "kl_low", "kl_high",
+           "top1", "seconds"]  # fmt: skip
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>JointQuant: report</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }}
@@ -18,7 +19,8 @@ table {{ border-collapse: collapse }} th, td {{ padding: .2em .8em; text-align: 
 img {{ max-width: 100% }}
 </style></head><body>
 <h1>Perplexity, side by side</h1>
-<p>ppl_low and ppl_high bound a 95% interval over the windows of the test text.</p>
+<p>ppl_low and ppl_high bound a 95% interval over the articles of the test text, kl_low and kl_high that of the mean KL
+from the FP model (nats a token); top1 is the share of tokens with the FP model's first choice.</p>
 {table}
 {figures}
 </body></html>
@@ -64,7 +66,7 @@ def _table(results: dict[Path, dict]) -> pd.DataFrame:
     for folder, result in results.items():
         about = {"model": folder.name, "run": "" if folder.parent == Path() else folder.parent.as_posix()}
         about |= {name: result.get("config", {}).get(name) for name in changed}
-        rows += [about | {column: row[column] for column in COLUMNS} for row in result["rows"]]
+        rows += [about | {column: row.get(column) for column in COLUMNS} for row in result["rows"]]
     return pd.DataFrame(rows)
 
 

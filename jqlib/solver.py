@@ -1,14 +1,15 @@
 """The solver: minimise the mean of a loss f(xR) over rotations R, on all tokens of all layers at once.
 
 **The step.** h(y) = λy²/2 − f(y) is convex where λ is large enough (for Whip: λ ≥ 1), and Σ‖xR‖² does not
-depend on R. So minimising f is maximising a convex function, and its linearisation gives a step that can only
-descend (minorise–maximise; Journée et al. 2010), with no learning rate:
+depend on R. So minimising f is maximising a convex function, and its linearisation gives a step that, on the tokens it
+is taken on, can only descend (minorise–maximise; Journée et al. 2010), with no learning rate:
 
     R⁺ = polar( λ XᵀX R − ∇f(R) ),    polar(M) = UVᵀ of M's singular value decomposition,
 
 XᵀX and ∇f being means over tokens.
 
-A smaller λ goes further: we start at ‖∇f‖ / ‖XᵀXR‖ (for Whip about 0.3).
+A smaller λ goes further, without that guarantee: we start at ‖∇f‖ / ‖XᵀXR‖ (for Whip about 0.3), and the last steps,
+on all tokens, are checked.
 
 **The passes.** First every minibatch gives a step. Each pass over the data takes minibatches twice as large as the
 pass before, so that their noise dies away; early steps cost a twentieth of a full one. Then steps on all tokens,
