@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from jqlib.evaluate import Perplexity, evaluate_perplexity, paired_interval, window_nll
+from jqlib.data import Windows
+from jqlib.evaluate import Perplexity, Reference, evaluate_perplexity, evaluate_windows, last_hidden, read_window
 
 TEXT = "The quick brown fox jumps over the lazy dog; 1234567890 times. " * 20
 
@@ -27,8 +28,10 @@ def test_equals_a_plain_hugging_face_loop(tiny_model, tiny_tokenizer, text_file,
     ppl = evaluate_perplexity(model, tiny_tokenizer, "cpu", dataset=text_file, seqlen=100)
     assert ppl.nll == pytest.approx(losses, rel=tolerance)
     assert ppl == pytest.approx(math.exp(sum(losses) / len(losses)), rel=tolerance)
-    first = evaluate_perplexity(model, tiny_tokenizer, dataset=text_file, seqlen=100, max_windows=2)
+    first = evaluate_perplexity(model, tiny_tokenizer, dataset=text_file, seqlen=100, max_windows=2, windows="first")
     assert first.nll == ppl.nll[:2]
+    spread = evaluate_perplexity(model, tiny_tokenizer, dataset=text_file, seqlen=100, max_windows=2)
+    assert spread.nll == [ppl.nll[3], ppl.nll[9]]  # of 12
 
 
 @pytest.mark.parametrize("seqlen", [2, 256, 257, 258, 600])
@@ -36,41 +39,53 @@ def test_windows_longer_than_a_block_of_rows(tiny_model, tokens, seqlen):
     model, window = tiny_model(), tokens(1, seqlen)
     with torch.no_grad():
         expected = model(window, labels=window).loss.item()
-    assert window_nll(model, window[0]) == pytest.approx(expected, rel=1e-5)
+    nll, kl, top1 = read_window(model, window[0])
+    assert nll == pytest.approx(expected, rel=1e-5)
+    assert math.isnan(kl)
+    assert math.isnan(top1)
 
 
-@pytest.mark.parametrize("nll", [[2.0], [3.1], [1.7] * 5, [1.0, 2.0, 3.0], [0.1 * i for i in range(30)]])
+@pytest.mark.parametrize("seqlen", [2, 257, 600])
+def test_fidelity_is_the_textbooks(tiny_model, tokens, seqlen):
+    fp, other, ids = tiny_model(), tiny_model(seed=1), tokens(2, seqlen)
+    reference = Reference(last_hidden(fp, ids), fp.get_output_embeddings())
+    found = evaluate_windows(other, Windows(ids, [0, 1]), reference=reference)
+    with torch.no_grad():
+        p, q = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (fp, other))
+    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean(-1).tolist(), rel=1e-5)
+    assert found.top1 == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean(-1).tolist())
+    assert found.nll == evaluate_windows(other, Windows(ids, [0, 1])).nll
+
+
+def test_fp_is_faithful_to_itself(tiny_model, tokens):
+    fp, ids = tiny_model(), tokens(2, 50)
+    reference = Reference(last_hidden(fp, ids), fp.get_output_embeddings())
+    row = evaluate_windows(fp, Windows(ids, [0, 1]), reference=reference).row()
+    assert row["kl"] == pytest.approx(0, abs=1e-7)
+    assert (row["top1"], row["top1_low"], row["top1_high"]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("nll", [[1.7] * 5, [1.0, 2.0, 3.0], [0.1 * i for i in range(30)]])
 def test_interval_contains_the_value(nll):
     ppl = Perplexity(nll)
-    assert ppl.low <= ppl <= ppl.high
     if len(set(nll)) == 1:
-        assert ppl.low == pytest.approx(ppl)
-        assert ppl.high == pytest.approx(ppl)
+        assert (ppl.low, ppl.high) == pytest.approx((ppl, ppl))
     else:
         assert ppl.low < ppl < ppl.high
 
 
-def test_interval_has_the_width_of_the_normal_one():
-    nll = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
-    ppl = Perplexity(nll.tolist())
-    half = 1.96 * nll.std().item() / 20
-    assert math.log(ppl.high) == pytest.approx(nll.mean().item() + half, abs=0.1 * half)
-    assert math.log(ppl.low) == pytest.approx(nll.mean().item() - half, abs=0.1 * half)
+def test_windows_of_one_article_count_as_one():
+    nll = [1.0, 1.1, 2.0, 2.1, 3.0, 3.1]
+    assert Perplexity(nll, [0, 0, 1, 1, 2, 2]).high > Perplexity(nll).high
 
 
-def test_paired_interval():
-    a = torch.rand(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
-    b = [x - 0.1 + 0.01 * math.sin(i) for i, x in enumerate(a)]
-    value, low, high = paired_interval(a, b)
-    assert value == pytest.approx(math.log(Perplexity(a) / Perplexity(b)), rel=1e-4)
-    assert 0.09 < low < value < high < 0.11  # though a and b themselves spread over a whole nat
-    assert paired_interval(b, a) == pytest.approx((-value, -high, -low), abs=1e-4)
-    assert paired_interval(a, a) == (0, 0, 0)
-
-
-def test_paired_interval_of_different_windows():
-    with pytest.raises(ValueError, match="same windows"):
-        paired_interval([1.0, 2.0], [1.0])
+@pytest.mark.parametrize("ppl", [Perplexity([2.0]), Perplexity([2.0, 2.0], [5, 5])])
+def test_one_article_gives_no_interval_and_says_so(ppl):
+    assert math.isnan(ppl.low)
+    assert math.isnan(ppl.high)
+    assert repr(ppl) == "7.39 [no interval from one article]"
+    ppl.kl, ppl.top1 = ppl.nll, ppl.nll
+    assert json.loads(json.dumps(ppl.row(), allow_nan=False))["ppl_low"] is None
 
 
 def test_behaves_as_a_float():
@@ -90,6 +105,7 @@ def test_can_be_copied(duplicate):
     ppl = Perplexity([1.0, 3.0])
     again = duplicate(ppl)
     assert (again, again.nll, again.low, again.high) == (ppl, ppl.nll, ppl.low, ppl.high)
+    assert again.articles == [0, 1]
 
 
 def test_a_model_beyond_repair_is_infinite():
@@ -103,6 +119,7 @@ def test_a_model_beyond_repair_is_infinite():
     ({"seqlen": 100, "max_windows": 13}, "12 windows of 100, but 13"),
     ({"seqlen": 100, "max_windows": 0}, "at least 1 window"),
     ({"seqlen": 100, "max_windows": -1}, "at least 1 window"),
+    ({"seqlen": 100, "windows": "last"}, "windows='last' is unknown; there are spread, first"),
 ])  # fmt: skip
 def test_bad_windows(tiny_model, tiny_tokenizer, text_file, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jqlib.embedded import corpus_text
+from jqlib.embedded import corpus_articles
 
 SCRIPT = Path(__file__).with_name("llama_1b_shape.py")
 
@@ -42,7 +42,7 @@ def checkpoint(tmp_path, tokenizer):
     model.save_pretrained(folder)
     del model
     tokenizer.save_pretrained(folder)
-    (tmp_path / "text.txt").write_text(corpus_text("test")[:20_000], encoding="utf-8")
+    (tmp_path / "text.txt").write_text(corpus_articles("test")[0][:20_000], encoding="utf-8")
     yield folder, tmp_path / "text.txt"
     shutil.rmtree(folder)
 

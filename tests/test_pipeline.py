@@ -85,6 +85,61 @@ def test_tuning_shares_the_refinement_and_leaves_nothing_unfinished(config, monk
     assert kinds.count("refined") == 2  # .json and .safetensors: one refinement served both
 
 
+def test_smoothing_can_be_switched_off(config):
+    without = replace(config, use_smooth=False)
+    for name in ("jointquant", "jointquant-best", "jointquant-online", "control"):
+        assert pipeline.recipe_of(config, name).smooth
+        recipe = pipeline.recipe_of(without, name)
+        assert (recipe.smooth, "smooth" in recipe.refine) == ((), False)
+    recipe = pipeline.recipe_of(without, "jointquant-best")
+    start = pipeline.Refined(*pipeline.r1_output(without, recipe)[:1], pipeline.r2(without, "mm")[0], {}, {}, {})
+    found, _ = pipeline.refined(without, recipe, start)
+    assert not found.smooth_scale
+    assert all((scale != 1).any() for scale in found.norm_scale.values())  # the norms' scales are no smoothing
+
+
+def test_the_control_differs_from_the_best_in_rotations_alone(config):
+    best, control = (vars(RECIPES[name]) for name in ("jointquant-best", "control"))
+    differ = {name for name in best if best[name] != control[name]}
+    assert differ == {"label", "r1", "r2", "refine"}
+    assert set(best["refine"]) - set(control["refine"]) == {"R1", "R2"}
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("spinquant-like", {"online": ()}),
+    ("jointquant-online", {"online": ("down",)}),
+    ("jointquant-best", {"online": ("o", "down")}),
+    ("jointquant-best", {"r2": None}),
+    ("control", {"r1": None}),
+])  # fmt: skip
+def test_a_recipe_refined_as_another_model_than_is_built_is_refused(name, changes):
+    with pytest.raises(ValueError, match=r"recipe .*: refine=.* needs R2 .* and Hadamard transforms online at"):
+        replace(RECIPES[name], **changes)
+
+
+def test_rows_tell_how_faithful_they_are(config):
+    fp, row = pipeline.evaluate(config, None, 16, 16), pipeline.evaluate(config, RECIPES["quarot"], 4, 4)
+    assert fp["kl"] == pytest.approx(0, abs=1e-6)
+    assert fp["top1"] == 1
+    assert row["kl_low"] < row["kl"] < row["kl_high"]
+    assert row["top1"] < 1
+    assert len(row["nll"]) == len(row["kl_by_window"]) == len(row["articles"]) == 2
+
+
+def test_another_seed_does_not_evaluate_fp_again(config, capsys):
+    pipeline.evaluate(config, None, 16, 16)
+    pipeline.evaluate(replace(config, seed=1, nsamples=1), None, 16, 16)
+    assert "reusing evaluation" in capsys.readouterr().out
+
+
+def test_evaluation_is_of_the_split_and_windows_that_are_asked_for(config):
+    ppl = {c: pipeline.evaluate(c, None, 16, 16)["ppl"] for c in (config, replace(config, eval_draw="first"))}
+    assert len(set(ppl.values())) == 2
+    assert pipeline.protocol(config)["drawn"] == "spread over the text, seed 0"
+    assert pipeline.protocol(replace(config, eval_draw="first"))["drawn"] == "first"
+    assert pipeline.protocol(replace(config, eval_windows=0))["drawn"] == "all"
+
+
 def test_evaluations_are_kept(config, capsys):
     first = pipeline.evaluate(config, RECIPES["quarot"], 4, 4)
     again = pipeline.evaluate(config, RECIPES["quarot"], 4, 4)

@@ -26,7 +26,7 @@ HIDDEN, LAYERS, HEADS, KV = 576, 30, 9, 3
 
 @pytest.fixture(scope="module")
 def windows(tokenizer):
-    return get_evaluation_windows(tokenizer, seqlen=256, max_windows=2)
+    return get_evaluation_windows(tokenizer, seqlen=256, max_windows=2).ids
 
 
 @pytest.fixture(scope="module")

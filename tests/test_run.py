@@ -70,7 +70,7 @@ BAD = [
     (
         ["--model", "smollm2-135m", "--eval_windows", "9999"],
         None,
-        "error: the test text of 'wiki' has 138,793 tokens: ",
+        "error: the test text of 'wiki' has 122,667 tokens: ",
     ),
     (["--model", "smollm2-135m", "--device", "banana"], None, "error: device='banana' can't be used here: "),
     (["--model", "smollm2-135m", "--calib_dataset", "nope.txt"], None, "error: data set 'nope.txt' is unknown"),
@@ -94,15 +94,20 @@ def test_refused_before_anything_runs(flags, file, message, tmp_path, capsys):
 def test_calibrating_on_the_test_text_is_said(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("All happy families are alike. " * 200)
-    small = {"model": "smollm2-135m", "profile": "quick", "nsamples": 1, "seqlen": 32, "eval_windows": 1}
+    small = {"model": "smollm2-135m", "profile": "quick", "nsamples": 1, "seqlen": 32, "eval_windows": 2}
     check_inputs(make_config(small | {"calib_dataset": str(text)}))
     assert "warning" not in capsys.readouterr().out
     check_inputs(make_config(small | {"calib_dataset": str(text), "eval_dataset": str(text)}))
     assert capsys.readouterr().out.startswith(f"warning: {text} is both calibrated on and evaluated on")
 
 
+def test_one_window_is_said_to_give_no_interval(capsys):
+    check_inputs(make_config({"model": "smollm2-135m", "profile": "quick", "eval_windows": 1}))
+    assert capsys.readouterr().out.startswith("warning: one evaluation window gives no interval")
+
+
 def test_a_folder_without_weights_and_windows_too_long_are_said(tmp_path, capsys):
-    small = {"model": "smollm2-135m", "profile": "quick", "nsamples": 1, "eval_windows": 1}
+    small = {"model": "smollm2-135m", "profile": "quick", "nsamples": 1, "eval_windows": 2}
     check_inputs(make_config(small | {"seqlen": 8193}))
     assert capsys.readouterr().out.startswith("warning: windows of 8193 tokens: the model is for 8192 at most")
     load_config("smollm2-135m").save_pretrained(tmp_path)
