@@ -1,4 +1,7 @@
-"""JointQuant: W4A4 for Llama-type models by one rotation optimised over all layers at once."""
+"""JointQuant: W4A4 for Llama-type models.
+
+Rotations and scales found for all layers together, GPTQ, a short tuning by the FP model's predictions.
+"""
 
 from jqlib.activations import collect_activations
 from jqlib.data import get_calibration_data

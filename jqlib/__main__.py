@@ -21,7 +21,7 @@ INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_seqlen",
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jqlib", description="JointQuant: W4A4 by one joint rotation.")
+    parser = argparse.ArgumentParser(prog="python -m jqlib", description="JointQuant: a W4A4 workbook.")
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="run the notebooks on a model", allow_abbrev=False)
     run_parser.add_argument("-f", "--file", type=Path, help="run file: YAML with any of the parameters below")

@@ -89,6 +89,8 @@ def test_the_arrows_of_the_house():
     arrows = imports()
     assert not arrows["config"] | arrows["hadamard"]
     assert arrows["objectives"] == {"quant"}
+    assert not arrows["intervals"]  # plain numbers
+    assert arrows["compare"] == {"intervals"}
     assert arrows["solver"] == {"objectives"}
     assert arrows["joint"] <= {"hadamard", "objectives", "baselines", "solver"}  # tensors only, no model
     assert not {"pipeline", "store", "plots"} & set().union(
