@@ -38,9 +38,9 @@ def in_words(name: str, other: str, interval: Interval) -> str:
 
 
 def percent(share: Interval) -> str:
-    """``66% (60 to 71)``; without an interval the share alone."""
+    """``66% (60 to 71)``."""
     value, low, high = (100 * x for x in share)
-    return f"{value:.0f}%" if math.isnan(low) else f"{value:.0f}% ({low:.0f} to {high:.0f})"
+    return f"{value:.0f}% (no interval)" if math.isnan(low) else f"{value:.0f}% ({low:.0f} to {high:.0f})"
 
 
 def beside(rows: Sequence[Row], fp: Row) -> pd.DataFrame:

@@ -39,7 +39,7 @@ def test_a_difference_that_may_be_none_is_not_claimed():
 
 def test_a_share_is_written_with_its_interval():
     assert compare.percent(compare.Interval(0.664, 0.6, 0.71)) == "66% (60 to 71)"
-    assert compare.percent(compare.Interval(0.664, math.nan, math.nan)) == "66%"
+    assert compare.percent(compare.Interval(0.664, math.nan, math.nan)) == "66% (no interval)"
 
 
 def test_rows_beside_each_other():
