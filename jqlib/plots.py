@@ -214,10 +214,11 @@ def fidelity(table: pd.DataFrame, label: str, groups: str) -> Figure:
                 of = (table[groups] == kind).to_numpy()
                 error = [(value - low)[of], (high - value)[of]]
                 axis.errorbar(value[of], np.flatnonzero(of), xerr=error, fmt="o", capsize=3, label=kind)
-            for y, x, end in zip(range(len(table)), value, np.nanmax([value, high], 0), strict=True):
+            for y, x, end in zip(range(len(table)), table[name], np.nanmax([value, high], 0), strict=True):
                 axis.text(end * 1.08, y, f"{x:.2f}", va="center", fontsize=8)
-            axis.set(xscale="log", xlabel=xlabel, xlim=(np.nanmin([value, low]) * 0.8, np.nanmax([value, high]) * 1.7))
-            _plain_decades(axis.xaxis)
+            left, right = np.nanmin([value, low]), np.nanmax([value, high])
+            axis.set(xscale="log", xlabel=xlabel, xlim=(left * 0.8, right * 1.7))
+            _plain_decades(axis.xaxis, (1, 2, 5) if right < 50 * left else (1,))
         axes[0].set(yticks=range(len(table)), yticklabels=table[label], ylim=(len(table) - 0.4, -0.6))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
         return figure

@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = get_smollm2_135m_config()
     every = {"Hugging Face": pipeline.load_model(config)} | {name: quantised(config, name) for name in METHODS}
-    windows = get_evaluation_windows(models.get_tokenizer(config.model), None, SEQLEN, arguments.windows + 1)
+    windows = get_evaluation_windows(models.get_tokenizer(config.model), None, SEQLEN, arguments.windows + 1).ids
     taken: dict[str, list[float]] = {name: [] for name in every}
     for window in windows:
         for name, model in every.items():
