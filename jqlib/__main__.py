@@ -140,7 +140,7 @@ def check_inputs(config: Config) -> None:
         print(f"warning: windows of {longest} tokens: the model is for {shape.max_position_embeddings} at most")
     load_calibration(config)
     if len({*evaluation_windows(config).articles}) < 2:
-        print("warning: one evaluation window gives no interval: ask for more by --eval_windows")
+        print("warning: all evaluation windows are from one article: no interval. Ask for more by --eval_windows")
     text = config.eval_dataset
     if text == config.calib_dataset and Path(text or "").is_file():
         print(f"warning: {text} is both calibrated on and evaluated on: expect perplexities that are too good")

@@ -4,7 +4,7 @@ Rows are dicts as `pipeline.evaluate` gives them, all of the same windows. Every
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pandas as pd
 
@@ -27,14 +27,21 @@ def share(row: Row, base: Row, fp: Row, by: str = "ppl", since: Row | None = Non
     return share_of_gap(moved, to, zero, row["articles"])
 
 
-def in_words(name: str, other: str, interval: Interval) -> str:
-    """A difference of log perplexities as a sentence, which claims nothing where the interval holds 0."""
-    value, low, high = (math.expm1(x) for x in interval)
+def in_words(name: str, row: Row, other_name: str, other: Row) -> str:
+    """Two rows compared, in perplexity and in KL, as a sentence that claims nothing where an interval holds 0."""
+    ppl = _verdict(difference(row, other), lambda nats: f"{math.expm1(min(nats, 700)):+.1%}")
+    kl = _verdict(difference(row, other, "kl"), lambda nats: f"{nats:+.3f}")
+    return f"{name} beside {other_name}: perplexity {ppl}, KL {kl}"
+
+
+def _verdict(difference: Interval, form: Callable[[float], str]) -> str:
+    value, low, high = difference
     if math.isnan(low):
-        return f"{name} has {abs(value):.1%} {'more' if value > 0 else 'less'} than {other}, with no interval"
+        return f"{form(value)} (no interval from one article: nothing can be said)"
+    span = f"({form(low)} to {form(high)})"
     if low <= 0 <= high:
-        return f"{name} can't be told from {other} ({low:+.1%} to {high:+.1%})"
-    return f"{name} is {abs(value):.1%} {'above' if value > 0 else 'below'} {other} ({low:+.1%} to {high:+.1%})"
+        return f"can't be told apart {span}"
+    return f"{form(value)[1:]} {'higher' if value > 0 else 'lower'} {span}"
 
 
 def percent(share: Interval) -> str:

@@ -99,6 +99,12 @@ class Recipe:
     tune: bool = False  # end to end, after
 
     def __post_init__(self):
+        kinds = {"R2", "smooth", "clip"} | ({"R1", "scale"} if self.r1 else set())
+        if not {*self.refine} <= kinds or (self.refine and self.r1 and {"qkv", "ug"} & {*self.smooth}):
+            raise ValueError(
+                f"recipe {self.label!r}: refine={self.refine}, smooth={self.smooth}: with R1 {self.r1} there are "
+                f"{', '.join(sorted(kinds))} to refine, and behind R1 qkv and ug have a scale of the norm, no smoothing"
+            )
         simulated = {"down"} if self.r1 else {"qkv", "ug", "down"}  # what `refine` has Hadamard transforms at
         if self.refine and (not self.r2 or {*self.online} != simulated):
             raise ValueError(

@@ -59,8 +59,10 @@ def peak_bytes(config: Config) -> int:
     token samples, solver, the logits of a window, and two Pythons."""
     model = _without_weights(config)
     weights = sum(p.numel() for p in model.parameters()) * getattr(torch, config.dtype).itemsize
-    logits = 3 * 4 * config.eval_seqlen * model.config.vocab_size  # float32: they, their softmax, a copy
-    return 3 * weights + sum(_working_memory(config, model)) + logits + 2 * PYTHON
+    longest = max(config.eval_seqlen, TOKENS)
+    logits = 3 * 4 * longest * model.config.vocab_size  # float32: they, their softmax, a copy
+    head = model.config.vocab_size * model.config.hidden_size * getattr(torch, config.dtype).itemsize  # FP's, for KL
+    return 3 * weights + sum(_working_memory(config, model)) + logits + head + 2 * PYTHON
 
 
 def _without_weights(config: Config) -> nn.Module:

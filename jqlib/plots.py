@@ -172,10 +172,8 @@ def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
         return figure
 
 
-def intervals(
-    table: pd.DataFrame, label: str, groups: str, xlabel: str = "perplexity (log)", line: float | None = None
-) -> Figure:
-    """``ppl`` with [``ppl_low``, ``ppl_high``] a row of ``label``, one colour a value of ``groups``; a line at FP."""
+def intervals(table: pd.DataFrame, label: str, groups: str, xlabel: str, line: float, line_name: str = "FP") -> Figure:
+    """``ppl`` with [``ppl_low``, ``ppl_high``], one row per ``label``, one colour per ``groups``; a dashed line."""
     names = list(dict.fromkeys(table[label]))
     kinds = list(dict.fromkeys(table[groups]))
     apart = 0.22 if table[label].duplicated().any() else 0
@@ -185,9 +183,8 @@ def intervals(
             y = np.array([names.index(n) for n in rows[label]]) + apart * (i - (len(kinds) - 1) / 2)
             error = [rows.ppl - rows.ppl_low.astype(float), rows.ppl_high.astype(float) - rows.ppl]
             axis.errorbar(rows.ppl, y, xerr=error, fmt="o", capsize=3, label=kind)
-        if line:
-            axis.axvline(line, color="k", ls="--", lw=1)
-            axis.text(line, -0.75, " FP", va="center")
+        axis.axvline(line, color="k", ls="--", lw=1)
+        axis.text(line, -0.75, f" {line_name}", va="center")
         axis.set(
             xscale="log",
             xlabel=xlabel,

@@ -19,8 +19,8 @@ table {{ border-collapse: collapse }} th, td {{ padding: .2em .8em; text-align: 
 img {{ max-width: 100% }}
 </style></head><body>
 <h1>Perplexity, side by side</h1>
-<p>ppl_low and ppl_high bound a 95% interval over the articles of the test text, kl_low and kl_high that of the mean KL
-from the FP model (nats a token); top1 is the share of tokens with the FP model's first choice.</p>
+<p>ppl_low and ppl_high bound a 95% interval over articles (or blocks) of the test text, kl_low and kl_high that of the
+mean KL from the FP model (nats a token); top1 is the share of tokens with the FP model's first choice.</p>
 {table}
 {figures}
 </body></html>

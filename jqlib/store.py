@@ -102,7 +102,7 @@ def save_results(config: Config, notebook: str, metrics: dict) -> Path:
         "versions": versions(),
         "git_commit": git_commit(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **metrics,
+        **json.loads(json.dumps(metrics, default=float), parse_constant=lambda _: None),  # JSON knows no NaN
     })  # fmt: skip
     return path
 

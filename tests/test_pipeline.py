@@ -98,7 +98,7 @@ def test_smoothing_can_be_switched_off(config):
     assert all((scale != 1).any() for scale in found.norm_scale.values())  # the norms' scales are no smoothing
 
 
-def test_the_control_differs_from_the_best_in_rotations_alone(config):
+def test_the_control_differs_from_the_best_in_how_rotations_are_found(config):
     best, control = (vars(RECIPES[name]) for name in ("jointquant-best", "control"))
     differ = {name for name in best if best[name] != control[name]}
     assert differ == {"label", "r1", "r2", "refine"}
@@ -110,10 +110,21 @@ def test_the_control_differs_from_the_best_in_rotations_alone(config):
     ("jointquant-online", {"online": ("down",)}),
     ("jointquant-best", {"online": ("o", "down")}),
     ("jointquant-best", {"r2": None}),
-    ("control", {"r1": None}),
+    ("control", {"r1": None, "refine": ("smooth", "clip")}),
 ])  # fmt: skip
 def test_a_recipe_refined_as_another_model_than_is_built_is_refused(name, changes):
     with pytest.raises(ValueError, match=r"recipe .*: refine=.* needs R2 .* and Hadamard transforms online at"):
+        replace(RECIPES[name], **changes)
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("jointquant-best", {"smooth": ("qkv", "o", "ug", "down")}),
+    ("jointquant-online", {"refine": ("R1",)}),
+    ("jointquant-online", {"refine": ("scale",)}),
+    ("control", {"refine": ("clips",)}),
+])  # fmt: skip
+def test_what_a_recipe_has_not_cannot_be_refined(name, changes):
+    with pytest.raises(ValueError, match=r"recipe .*: refine=.*, smooth=.*: with R1 .* there are .* to refine"):
         replace(RECIPES[name], **changes)
 
 

@@ -101,9 +101,9 @@ def test_calibrating_on_the_test_text_is_said(tmp_path, capsys):
     assert capsys.readouterr().out.startswith(f"warning: {text} is both calibrated on and evaluated on")
 
 
-def test_one_window_is_said_to_give_no_interval(capsys):
+def test_one_article_is_said_to_give_no_interval(capsys):
     check_inputs(make_config({"model": "smollm2-135m", "profile": "quick", "eval_windows": 1}))
-    assert capsys.readouterr().out.startswith("warning: one evaluation window gives no interval")
+    assert capsys.readouterr().out.startswith("warning: all evaluation windows are from one article: no interval.")
 
 
 def test_a_folder_without_weights_and_windows_too_long_are_said(tmp_path, capsys):
