@@ -35,12 +35,13 @@ BLOCK = 8  # adjoining windows that an interval resamples as one, where there ar
 class Windows(NamedTuple):
     """Evaluation windows: ``ids``, int64, (windows, seqlen), and what each is from.
 
-    ``articles``: a number for every window, the same for windows that an interval must resample together: those of one
-    article, or of one block of a text that has none.
+    ``articles``: a number for every window, the same for windows that an interval must take together: those of one
+    article, or of one block of a text that has none. ``drawn``: how they were taken, in words.
     """
 
     ids: Tensor
     articles: list[int]
+    drawn: str = ""
 
 
 def get_calibration_data(
@@ -96,11 +97,12 @@ def get_evaluation_windows(
         drawn = _within_articles([len(a) for a in articles], seqlen) if len(articles) > 1 else []
         if wanted <= len(drawn):
             ids = torch.stack([articles[article][start : start + seqlen] for article, start in drawn[:wanted]])
-            return Windows(ids, [article for article, _ in drawn[:wanted]])
-        places = [(2 * i + 1) * len(whole) // (2 * wanted) for i in range(wanted)]
+            of = [article for article, _ in drawn[:wanted]]
+            return Windows(ids, of, f"from {len({*of})} articles, seed {EVALUATION_SEED}")
+        places, how = [(2 * i + 1) * len(whole) // (2 * wanted) for i in range(wanted)], "evenly spaced over the text"
     else:
-        places = list(range(wanted))
-    return Windows(whole[places], _sources(places, articles, seqlen))
+        places, how = list(range(wanted)), "the whole text" if wanted == len(whole) else "the first of the text"
+    return Windows(whole[places], _sources(places, articles, seqlen), how)
 
 
 def load_articles(dataset: str, split: str) -> list[str]:

@@ -51,7 +51,8 @@ class Perplexity(float):
     def row(self) -> dict:
         """Its numbers by plain names, for results; an end of an interval that is not known is None."""
         found = {"ppl": Interval(self, self.low, self.high)}
-        found |= {name: mean_interval(getattr(self, name), self.articles) for name in ("kl", "top1")}
+        known = {name: getattr(self, name) for name in ("kl", "top1") if getattr(self, name)}
+        found |= {name: mean_interval(values, self.articles) for name, values in known.items()}
         row = {}
         for name, (value, *ends) in found.items():
             low, high = (None if math.isnan(end) else end for end in ends)

@@ -2,7 +2,8 @@
 
 Windows of one article are alike, so articles are what chance has drawn (Cameron & Miller 2015, cluster-robust errors):
 deviations are summed within an article before they are squared. With few articles the error itself is uncertain, hence
-Student's t, not a percentile of resamples: those of 8 windows cover 90% where 95 is said.
+Student's t, not a percentile of resamples: those of 8 windows cover 90% where 95 is said. Articles of unlike length
+count as fewer: as many of one length as would have the same sum of squares.
 """
 
 import math
@@ -54,7 +55,9 @@ def _ratio(over: Tensor, under: Tensor, articles: Sequence[int] | None) -> Inter
         return Interval(value, math.nan, math.nan)
     off = torch.zeros(len(names), dtype=torch.double).index_add(0, of, over - value * under)
     error = (off.square().sum() * len(names) / (len(names) - 1)).sqrt() / under.sum().abs()
-    half = float(t.ppf(0.975, len(names) - 1)) * error.item()
+    sizes = torch.zeros(len(names), dtype=torch.double).index_add(0, of, torch.ones(len(of), dtype=torch.double))
+    as_many = (sizes.sum().square() / sizes.square().sum()).item()
+    half = float(t.ppf(0.975, max(as_many - 1, 1))) * error.item()
     return Interval(value, value - half, value + half)
 
 

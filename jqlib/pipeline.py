@@ -15,7 +15,7 @@ from torch import Tensor
 from jqlib import models
 from jqlib.activations import Moments, collect_activations
 from jqlib.config import RECIPES, SMOOTHED_BY_CHOICE, Config, Recipe
-from jqlib.data import EVALUATION_SEED, Windows, get_calibration_data, get_evaluation_windows, path_fingerprint
+from jqlib.data import Windows, get_calibration_data, get_evaluation_windows, path_fingerprint
 from jqlib.distill import TOKENS
 from jqlib.evaluate import Reference, evaluate_windows, last_hidden
 from jqlib.joint import train_r1_joint, train_r2_independent
@@ -134,11 +134,10 @@ def smooth_scales(config: Config, sites: tuple[str, ...], measure: str = "max") 
     """Smoothing scales of these sites at the run's α, and the seconds they took."""
 
     def make():
-        scales = compute_simple_smooth_scale(
+        return compute_simple_smooth_scale(
             load_model(config), load_calibration(config), config.device, config.smooth_alpha,
             sites=sites, measure=measure,
-        )  # fmt: skip
-        return scales, {}
+        ), {}  # fmt: skip
 
     return artifact(
         config.folder, "smooth", _depends(config, "smooth_alpha") | {"sites": sites, "measure": measure}, make
@@ -238,7 +237,7 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
     tune_steps = config.refine_steps if recipe and recipe.tune and w_bits < OFF else 0
 
     def make():
-        reference = Reference(fp_hidden(config), load_model(config).get_output_embeddings())
+        reference = Reference(fp_hidden(config), _head(config.model, config.device, config.dtype))
         model, clips, seconds = _transformed(config, recipe)
         if recipe:
             teacher, model = model, deepcopy(model)  # rotated, it still computes what it did
@@ -253,10 +252,10 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
                 )  # fmt: skip
             seconds += time.perf_counter() - start
         ppl = evaluate_windows(model, evaluation_windows(config), config.device, reference)
-        online = online_operations(model, recipe.online if recipe else ())
         return {}, ppl.row() | {
             "tokens_a_second": len(ppl.nll) * config.eval_seqlen / ppl.seconds, "calibration_seconds": seconds,
-            "online_operations": online, "peak_rss_bytes": peak_rss_bytes(),
+            "online_operations": online_operations(model, recipe.online if recipe else ()),
+            "peak_rss_bytes": peak_rss_bytes(),
         }  # fmt: skip
 
     depends = _recipe_depends(config, recipe) | _evaluation_depends(config) | {"w_groupsize": config.w_groupsize}
@@ -267,12 +266,16 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
 
 def fp_hidden(config: Config) -> Tensor:
     """The FP model's last hidden states on the evaluation windows, (windows, eval_seqlen, hidden)."""
-    depends = _fp_depends(config) | _evaluation_depends(config)
 
     def make():
         return {"hidden": last_hidden(load_model(config), evaluation_windows(config).ids)}, {}
 
-    return artifact(config.folder, "fp-hidden", depends, make)[0]["hidden"]
+    return artifact(config.folder, "fp-hidden", _fp_depends(config) | _evaluation_depends(config), make)[0]["hidden"]
+
+
+@lru_cache(maxsize=1)
+def _head(model: str, device: str, dtype: str):
+    return models.get_model(model, device, getattr(torch, dtype)).get_output_embeddings()
 
 
 def _quantise(config: Config, recipe: Recipe, model, clips, calib_data, *, weights: str, w_bits: int, **bits: int):
@@ -300,14 +303,11 @@ def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
 
 def protocol(config: Config) -> dict:
     """How a run was measured: goes beside every table."""
-    default = models.get_tokenizer(config.model).default_dataset
-    windows = evaluation_windows(config)
-    drawn = {"first": "first", "spread": f"spread over the text, seed {EVALUATION_SEED}"}[config.eval_draw]
+    default, windows = models.get_tokenizer(config.model).default_dataset, evaluation_windows(config)
     return {
         "dataset": config.eval_dataset or default, "split": config.eval_split, "seqlen": config.eval_seqlen,
-        "windows": len(windows.ids), "drawn": drawn if config.eval_windows else "all",
-        "articles_or_blocks": len({*windows.articles}), "bos": False,
-        "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
+        "windows": len(windows.ids), "drawn": windows.drawn, "articles_or_blocks": len({*windows.articles}),
+        "bos": False, "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
         "calibration_seqlen": config.seqlen,
         "not_quantised": "embeddings, lm_head" + (", KV cache" if config.kv_bits == OFF else ""),
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from jqlib import compare
@@ -55,3 +56,18 @@ def test_rows_beside_each_other():
     assert table.columns.tolist() == ["ppl", "method", "gap", "gap_low", "gap_high"]
     assert table.gap.tolist() == pytest.approx([0, 0.55])
     assert table.gap_low[1] < 0.55 < table.gap_high[1]
+
+
+@pytest.mark.parametrize("n", [8, 16])
+def test_what_a_step_adds_is_covered(n):
+    """The share of a gap between two rows, of which the truth is known: 0.2 of 0.5 nats."""
+    g, held = np.random.default_rng(0), 0
+    for _ in range(1000):
+        fp, gap = g.normal(3, 0.4, n), g.normal(0.5, 0.1, n)
+        since = fp + 0.6 * gap + g.normal(0, 0.03, n)
+        at = fp + 0.4 * gap + g.normal(0, 0.03, n)
+        _, low, high = compare.share(
+            *map(row, (at.tolist(), (fp + gap).tolist(), fp.tolist())), "ppl", row(since.tolist())
+        )
+        held += low <= 0.2 <= high
+    assert held >= 930

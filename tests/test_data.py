@@ -110,6 +110,14 @@ def test_fewer_windows_are_the_first_of_more_and_no_window_comes_twice(tokenizer
     assert len(once) == len(set(of))  # no article gives a second window before all gave one
 
 
+def test_places_and_order_are_drawn(tokenizer):
+    ids, of = wiki(tokenizer, 1024, 16)
+    texts = load_articles("wiki", "test")
+    starts = [texts[a].index(tokenizer.decode(w[2:-2])) for w, a in zip(ids, of, strict=True)]
+    assert sum(start > 1000 for start in starts) > 8  # not always an article's first
+    assert of != sorted(of)
+
+
 def test_more_windows_than_articles_hold_are_taken_across_them(tokenizer):
     whole, of = wiki(tokenizer, 4096, None)
     inside, _ = wiki(tokenizer, 4096, 20)

@@ -50,6 +50,20 @@ def test_the_share_of_a_gap_is_covered_too(n):
     assert coverage(make) >= 0.93
 
 
+LENGTHS = [8, 6, 6, 4, 8, 5, 7, 2, 7, 1, 10, 2, 12, 10, 18]  # windows of 1024 in test articles of `wiki`, about
+
+
+@pytest.mark.parametrize("alike", [0.2, 0.5, 0.8])
+def test_articles_of_unlike_length(alike):
+    """As in profile `full`: the windows of an article are correlated, and some articles have many."""
+
+    def make(g):
+        hard = np.concatenate([alike**0.5 * g.normal() + (1 - alike) ** 0.5 * g.normal(size=n) for n in LENGTHS])
+        return mean_interval(hard, np.repeat(range(len(LENGTHS)), LENGTHS)), 0
+
+    assert coverage(make) >= 0.93
+
+
 def test_equals_the_textbook():
     values = np.random.default_rng(0).normal(3, 1, 12)
     expected = stats.t.interval(0.95, 11, values.mean(), stats.sem(values))

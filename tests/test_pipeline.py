@@ -144,11 +144,17 @@ def test_another_seed_does_not_evaluate_fp_again(config, capsys):
 
 
 def test_evaluation_is_of_the_split_and_windows_that_are_asked_for(config):
-    ppl = {c: pipeline.evaluate(c, None, 16, 16)["ppl"] for c in (config, replace(config, eval_draw="first"))}
-    assert len(set(ppl.values())) == 2
-    assert pipeline.protocol(config)["drawn"] == "spread over the text, seed 0"
-    assert pipeline.protocol(replace(config, eval_draw="first"))["drawn"] == "first"
-    assert pipeline.protocol(replace(config, eval_windows=0))["drawn"] == "all"
+    """By perplexity, and by FP's KL from itself: 0 only if its kept states are of the same windows."""
+    wiki = replace(config, eval_dataset="wiki")
+    asked = (config, replace(config, eval_draw="first"), wiki, replace(wiki, eval_split="validation"),
+             replace(wiki, eval_windows=3), replace(wiki, eval_seqlen=32))  # fmt: skip
+    rows = [pipeline.evaluate(c, None, 16, 16) for c in asked]
+    assert len({row["ppl"] for row in rows}) == len(asked)
+    assert all(row["kl"] == pytest.approx(0, abs=1e-6) for row in rows)
+    assert [pipeline.protocol(c)["drawn"] for c in asked[:3]] == [
+        "evenly spaced over the text", "the first of the text", "from 2 articles, seed 0",
+    ]  # fmt: skip
+    assert pipeline.protocol(replace(config, eval_windows=0))["drawn"] == "the whole text"
 
 
 def test_evaluations_are_kept(config, capsys):

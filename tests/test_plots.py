@@ -1,7 +1,10 @@
-"""Figures arrive where they are looked at."""
+"""Figures arrive where they are looked at, and show what they are given."""
 
 import nbformat
+import pandas as pd
 from nbclient import NotebookClient
+
+from jqlib import plots
 
 
 def test_a_notebook_shows_every_figure():
@@ -12,3 +15,14 @@ def test_a_notebook_shows_every_figure():
     shown = [[output.data.keys() for output in cell.outputs if "data" in output] for cell in notebook.cells]
     assert [len(outputs) for outputs in shown] == [0, 1, 1, 1]
     assert all("image/png" in outputs[0] for outputs in shown[1:])
+
+
+def test_rows_without_an_interval_or_below_fp_are_drawn():
+    table = pd.DataFrame({"name": ["a", "b"], "kind": ["x", "y"]}).assign(
+        gap=[0.5, -0.01], gap_low=[None, -0.02], gap_high=[None, 0.01],
+        kl=[0.4, 0.02], kl_low=[None, 0.01], kl_high=[None, 0.03],
+    )  # fmt: skip
+    left, right = plots.fidelity(table, "name", "kind").axes
+    assert [text.get_text() for text in left.texts] == ["-0.01", "0.50"]  # the best at the top
+    assert [text.get_text() for text in right.texts] == ["0.02", "0.40"]
+    assert left.get_xscale() == right.get_xscale() == "log"
