@@ -22,9 +22,8 @@ def difference(row: Row, other: Row, by: str = "ppl") -> Interval:
 
 def share(row: Row, base: Row, fp: Row, by: str = "ppl", since: Row | None = None) -> Interval:
     """The share of base's gap to FP that a row closes, or what of it lies between the row ``since`` and this one."""
-    at, fro, to, zero = ([*r[BY_WINDOW[by]]] for r in (row, since or base, base, fp))
-    moved = [t - f + a for a, f, t in zip(at, fro, to, strict=True)]
-    return share_of_gap(moved, to, zero, row["articles"])
+    at, to, zero, start = (r[BY_WINDOW[by]] for r in (row, base, fp, since or base))
+    return share_of_gap(at, to, zero, row["articles"], start)
 
 
 def in_words(name: str, row: Row, other_name: str, other: Row) -> str:
@@ -34,8 +33,8 @@ def in_words(name: str, row: Row, other_name: str, other: Row) -> str:
     return f"{name} beside {other_name}: perplexity {ppl}, KL {kl}"
 
 
-def _verdict(difference: Interval, form: Callable[[float], str]) -> str:
-    value, low, high = difference
+def _verdict(interval: Interval, form: Callable[[float], str]) -> str:
+    value, low, high = interval
     if math.isnan(low):
         return f"{form(value)} (no interval from one article: nothing can be said)"
     span = f"({form(low)} to {form(high)})"

@@ -29,7 +29,7 @@ HUB = {  # name -> (repository, files of each split)
 }
 C4_ROWS = 10_000  # of one shard: enough for 128 windows of 2048
 EVALUATION_SEED = 0  # of the draw of windows: never the run's, for rows of all seeds are compared on the same windows
-BLOCK = 8  # adjoining windows that an interval resamples as one, where there are no articles
+BLOCK = 8  # adjoining windows that an interval takes as one, where there are no articles
 
 
 class Windows(NamedTuple):

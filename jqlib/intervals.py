@@ -34,15 +34,17 @@ def paired_interval(a: Values, b: Values, articles: Sequence[int] | None = None)
     return mean_interval(_difference(a, b).tolist(), articles)
 
 
-def share_of_gap(a: Values, b: Values, fp: Values, articles: Sequence[int] | None = None) -> Interval:
-    """The share of b's gap to FP that a closes, 1 − mean(a − fp) / mean(b − fp), its interval to first order.
+def share_of_gap(
+    a: Values, b: Values, fp: Values, articles: Sequence[int] | None = None, since: Values | None = None
+) -> Interval:
+    """The share of b's gap to FP that lies between ``since`` (default: b) and a: mean(since − a) / mean(b − fp).
 
-    No interval where b's own gap can't be told from 0.
+    The interval is to first order; there is none where b's own gap can't be told from 0.
     """
     gap = _difference(b, fp)
-    left = _ratio(_difference(a, fp), gap, articles)
+    share = _ratio(_difference(b if since is None else since, a), gap, articles)
     known = mean_interval(gap.tolist(), articles).low > 0
-    return Interval(1 - left.value, *((1 - left.high, 1 - left.low) if known else (math.nan, math.nan)))
+    return share if known else Interval(share.value, math.nan, math.nan)
 
 
 def _ratio(over: Tensor, under: Tensor, articles: Sequence[int] | None) -> Interval:
@@ -55,7 +57,7 @@ def _ratio(over: Tensor, under: Tensor, articles: Sequence[int] | None) -> Inter
         return Interval(value, math.nan, math.nan)
     off = torch.zeros(len(names), dtype=torch.double).index_add(0, of, over - value * under)
     error = (off.square().sum() * len(names) / (len(names) - 1)).sqrt() / under.sum().abs()
-    sizes = torch.zeros(len(names), dtype=torch.double).index_add(0, of, torch.ones(len(of), dtype=torch.double))
+    sizes = of.bincount().double()
     as_many = (sizes.sum().square() / sizes.square().sum()).item()
     half = float(t.ppf(0.975, max(as_many - 1, 1))) * error.item()
     return Interval(value, value - half, value + half)
