@@ -1,20 +1,13 @@
-"""``python -m jqlib``: ``run`` the six notebooks by papermill, checked before anything runs; ``sweep``; ``info``;
-``report``."""
+"""``python -m jqlib``: ``run`` the six notebooks, ``sweep`` over many runs, ``info``, ``report``, ``clean``."""
 
 import argparse
-import json
-import os
-import re
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
+from jqlib.config import CHOICES, HELP, KINDS, Config, make_config, output_folder
+from jqlib.lab.run import check_inputs, read_run_file, run, select_notebooks, with_absolute_paths
 
-from jqlib.config import HELP, KINDS, NOTEBOOKS, RECIPES, Config, make_config, output_folder
-
-PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
 # what check_inputs and the estimate of memory depend on
 INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_seqlen", "eval_windows", "eval_split",
           "eval_draw", "calib_dataset", "eval_dataset", "device", "dtype")  # fmt: skip
@@ -29,176 +22,54 @@ def main(argv: list[str] | None = None) -> int:
     for name in KINDS:
         _add_flag(run_parser, name)
     _add_sweep(commands)
-    info_parser = commands.add_parser("info", help="sites, sizes, memory and time of a model, before anything runs")
+    info_parser = commands.add_parser("info", help="sites, sizes, memory and time of a model, and what is on disk")
     info_parser.add_argument("model", help=HELP["model"])
     info_parser.add_argument("--profile", default=Config.profile, help=HELP["profile"])
-    report_parser = commands.add_parser("report", help="the rows of notebook 05 of all models and runs under a folder")
-    report_parser.add_argument("output_dir", type=Path, nargs="?", help="(jointquant_output of this project)")
+    for name, text in {
+        "report": "the rows of notebook 05 of all models and runs under a folder",
+        "clean": "remove artifacts under a folder that no current code or setting would reuse",
+    }.items():
+        folder_parser = commands.add_parser(name, help=text)
+        folder_parser.add_argument("output_dir", type=Path, nargs="?", help="(jointquant_output of this project)")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        if arguments.command == "report":
-            return report(arguments.output_dir or output_folder())
-        if arguments.command == "sweep":
-            return sweep(arguments)
-        if arguments.command == "info":
-            return info(make_config({"model": arguments.model, "profile": arguments.profile}))
-        flags = {name: getattr(arguments, name) for name in KINDS if hasattr(arguments, name)}
-        return run({**read_run_file(arguments.file), **flags}, arguments.only)
+        return COMMANDS[arguments.command](arguments)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def run(parameters: dict, only: str | None = None) -> int:
-    """Execute the notebooks with these parameters (None: not given); outputs land in the config's folder."""
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
+def _run(arguments: argparse.Namespace) -> int:
+    flags = {name: getattr(arguments, name) for name in KINDS if hasattr(arguments, name)}
+    return run({**read_run_file(arguments.file), **flags}, arguments.only)
 
-    parameters = with_absolute_paths(parameters)
-    config = make_config(parameters)
-    notebooks = select_notebooks(only)
-    declared = {path: set(papermill.inspect_notebook(path)) for path in notebooks}
-    check_inputs(config)
-    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
-    config.folder.mkdir(parents=True, exist_ok=True)
-    given = {"profile": config.profile, "model": config.model} | parameters
-    executed = []
-    for path in notebooks:
-        print(f"{path.stem} -> {config.folder / path.name}", flush=True)
-        _say_what_is_replaced(config, path.stem, declared[path])
-        there = {file.name for file in config.folder.glob("artifacts/*.json")}
-        start = time.perf_counter()
-        try:
-            notebook = papermill.execute_notebook(
-                path, config.folder / path.name, {k: v for k, v in given.items() if k in declared[path]},
-                kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(),
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each warns that local TCP is not encrypted
-            )  # fmt: skip
-        except PapermillExecutionError as error:
-            print(f"error: {path.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
-            print(f"The notebook as far as it came: {config.folder / path.name}", file=sys.stderr)
-            return 1
-        except RuntimeError as error:  # nbclient's and jupyter_client's, where the kernel's process is gone
-            if "Kernel died" not in str(error):
-                raise
-            print(f"error: {path.stem}: its kernel died: it was killed, or memory ran out", file=sys.stderr)
-            return 3
-        text = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-        reused = there.intersection(re.findall(r"reusing \S+ \((\S+),", text))
-        print(f"{path.stem} took {time.perf_counter() - start:.0f} s, {len(reused)} artifacts reused", flush=True)
-        executed.append(config.folder / path.name)
-    write_html(executed, config.folder / "report.html")
-    print(f"report: {config.folder / 'report.html'}")
+
+def _info(arguments: argparse.Namespace) -> int:
+    from jqlib.lab.info import describe
+
+    print(describe(make_config({"model": arguments.model, "profile": arguments.profile})))
     return 0
 
 
-def _say_what_is_replaced(config: Config, notebook: str, names: set[str]) -> None:
-    """Results of other settings would be gone without a word."""
-    try:
-        before = json.loads((config.folder / "results" / f"{notebook}.json").read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError):
-        return
-    names = names & before.keys() - {"output_dir"}
-    changed = [f"{n}={before[n]!r}" for n in KINDS if n in names and before[n] != getattr(config, n)]
-    if changed:
-        print(f"warning: replaces its results made with {', '.join(changed)}; another --output_dir keeps both")
+def _report(arguments: argparse.Namespace) -> int:
+    from jqlib.lab.report import report
 
-
-def with_absolute_paths(parameters: dict) -> dict:
-    """Relative paths are relative to where the user stands; a notebook's kernel stands in ``notebooks/``."""
-    from jqlib.data import HUB
-    from jqlib.embedded import CORPUS, MODEL
-
-    given = {name: value for name, value in parameters.items() if isinstance(value, str)}
-    paths = {name: Path(given[name]).expanduser().absolute() for name in PATHS if name in given}
-    names = (MODEL, CORPUS, *HUB)
-    return parameters | {
-        name: str(path)
-        for name, path in paths.items()
-        if name == "output_dir" or (path.exists() and given[name] not in names)
-    }
-
-
-def check_inputs(config: Config) -> None:
-    """A device or model that is missing or not supported, or a text too short, fails here and not after an hour."""
-    import torch
-
-    from jqlib.models import load_config
-    from jqlib.pipeline import evaluation_windows, load_calibration
-
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device={config.device!r} can't be used here: {str(error).splitlines()[0]}") from error
-    shape, folder = load_config(config.model), Path(config.model).expanduser()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise FileNotFoundError(f"{folder} has no weights: expected *.safetensors or *.bin")
-    longest = max(config.seqlen, config.eval_seqlen)
-    if longest > shape.max_position_embeddings:
-        print(f"warning: windows of {longest} tokens: the model is for {shape.max_position_embeddings} at most")
-    load_calibration(config)
-    if len({*evaluation_windows(config).articles}) < 2:
-        print("warning: all evaluation windows are from one article: no interval. Ask for more by --eval_windows")
-    text = config.eval_dataset
-    if text == config.calib_dataset and Path(text or "").is_file():
-        print(f"warning: {text} is both calibrated on and evaluated on: expect perplexities that are too good")
-
-
-def select_notebooks(only: str | None) -> list[Path]:
-    """All notebooks, or those whose numbers ``only`` lists (``02,05``)."""
-    every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    numbers = [n.strip().zfill(2) for n in only.split(",")] if only else [path.name[:2] for path in every]
-    if unknown := set(numbers) - {path.name[:2] for path in every}:
-        raise ValueError(f"--only {only}: there is no notebook {min(unknown)}; there are {every[0].name[:2]} to "
-                         f"{every[-1].name[:2]}")  # fmt: skip
-    return [path for path in every if path.name[:2] in numbers]
-
-
-def read_run_file(path: Path | None) -> dict:
-    """The parameters of a run file; names are checked by make_config."""
-    if path is None:
-        return {}
-    if not path.is_file():
-        problem = "is a folder: give a model's by --model" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"run file {path} {problem}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"run file {path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"run file {path} does not hold parameters: expected lines such as 'model: smollm2-135m'")
-    return content
-
-
-def write_html(notebooks: list[Path], to: Path) -> None:
-    """All executed notebooks as one self-contained page, code folded away."""
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    from jqlib.store import write
-
-    merged = nbformat.read(notebooks[0], as_version=4)
-    merged.cells = [cell for path in notebooks for cell in nbformat.read(path, as_version=4).cells]
-    for i, cell in enumerate(merged.cells):
-        cell.id = f"cell-{i}"  # each notebook counts from 0
-    merged.metadata["title"] = "JointQuant"
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    body, _ = exporter.from_notebook_node(merged)
-    write(to, lambda path: path.write_text(body, encoding="utf-8"))
-
-
-def info(config: Config) -> int:
-    from jqlib.info import describe
-
-    print(describe(config))
+    print(report(arguments.output_dir or output_folder()).to_string(index=False, float_format="%.2f"))
     return 0
 
 
-def sweep(arguments: argparse.Namespace) -> int:
+def _clean(arguments: argparse.Namespace) -> int:
+    from jqlib.lab.disk import clean
+
+    print(clean(arguments.output_dir or output_folder()))
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
     """Check every run of the sweep, and only then start it."""
-    from jqlib import sweep
+    from jqlib.lab import sweep
 
     sweep.require_dask()
     folder = arguments.output_dir or output_folder() / "sweep"
@@ -217,13 +88,6 @@ def sweep(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{name}: {error}") from error
     slots = arguments.workers or (1 if arguments.scheduler else sweep.slots_here([c for _, c in configs.values()]))
     return sweep.sweep(runs, only, arguments.scheduler, slots, arguments.retry)
-
-
-def report(output_dir: Path) -> int:
-    from jqlib.report import report
-
-    print(report(output_dir).to_string(index=False, float_format="%.2f"))
-    return 0
 
 
 def _add_sweep(commands) -> None:
@@ -254,8 +118,8 @@ def _count(text: str) -> int:
 
 def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:
     default = getattr(Config, name)
-    told = HELP[name] if name != "recipe" else f"{HELP[name]}: {', '.join(RECIPES)}"
-    options = {"dest": name, "default": argparse.SUPPRESS, "help": f"{told} ({default})".replace("%", "%%")}
+    help_text = HELP[name] if name not in CHOICES else f"{HELP[name]}: {', '.join(CHOICES[name])}"
+    options = {"dest": name, "default": argparse.SUPPRESS, "help": f"{help_text} ({default})".replace("%", "%%")}
     if KINDS[name] is bool:  # --use_smooth, --use_smooth False, --no-use_smooth
         parser.add_argument(f"--{name}", nargs="?", const=True, type=_boolean, **options)
         parser.add_argument(f"--no-{name}", action="store_false", dest=name, default=argparse.SUPPRESS)
@@ -268,6 +132,8 @@ def _boolean(text: str) -> bool:
         raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
     return text.lower() == "true"
 
+
+COMMANDS = {"run": _run, "sweep": _sweep, "info": _info, "report": _report, "clean": _clean}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,95 +1,146 @@
 """What a run leaves on disk: artifacts that a rerun reuses, and results.
 
-Everything is written to a temporary file and renamed. An artifact is a safetensors file with a JSON
-beside it, keyed by a hash of exactly what it depends on; a damaged one is reported and made anew.
+An artifact is one safetensors file, its plain values and all that it depends on in the metadata. It is written to a
+temporary file and renamed, under a lock, so that processes neither mix nor repeat each other's work; a damaged one is
+reported and made anew.
 """
 
-import ast
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
-from functools import cache
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, uint8
 
 from jqlib.config import ROOT, Config
+from jqlib.memory import PeakMemory
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "pandas", "matplotlib", "papermill")
-# the modules that decide what an artifact holds; a change of their code makes it anew
-METHOD = ("embedded", "models", "data", "activations", "hadamard", "rotation", "objectives", "solver", "joint",
-          "baselines", "smooth", "quant", "gptq", "kv_cache", "quantize", "distill", "refine", "output",
-          "tune", "intervals", "evaluate", "pipeline")  # fmt: skip
+DECIDING = ("torch", "transformers")  # their versions decide what an artifact holds
 
 Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
 
 
-def artifact(folder: Path, kind: str, depends: dict, make: Callable[[], Made]) -> Made:
-    """``make()``, or what it gave when it was last called with the same ``depends`` and the same code.
+@dataclass(frozen=True)
+class Artifact:
+    """Something that is made once. Its key is a hash of ``settings``, ``code`` and the keys of its inputs.
 
-    The plain values get ``"seconds"``, how long making it took, and ``"reused"``.
+    ``make(*inputs)`` gives it, inputs as they are (tensors, values); a ``resumable`` one is also given ``resume``, the
+    state that an unfinished making left behind (None: none), and ``keep``, which keeps one.
     """
-    depends = depends | {"code": code_hash()}
-    path = _path(folder, kind, depends)
-    if (found := _read(path)) is not None:
-        print(f"reusing {kind} ({path.name}, made in {found[1]['seconds']:.1f} s)")
-        return found
-    start = time.perf_counter()
-    tensors, values = make()
-    values |= {"seconds": time.perf_counter() - start}
-    _write(path, depends, tensors, values)
-    unfinished = _path(folder, f"unfinished-{kind}", depends)
-    for leftover in (unfinished, unfinished.with_suffix(".safetensors")):
-        leftover.unlink(missing_ok=True)
-    return tensors, values | {"reused": False}
+
+    folder: Path
+    kind: str
+    settings: dict
+    code: str
+    make: Callable[..., Made]
+    inputs: tuple["Artifact", ...] = ()
+    resumable: bool = False
+
+    @cached_property
+    def depends(self) -> dict:
+        """All that it depends on, its inputs' likewise."""
+        about = {"kind": self.kind, "settings": self.settings, "code": self.code, "versions": decisive_versions()}
+        return about | {"inputs": [artifact.depends for artifact in self.inputs]}
+
+    @cached_property
+    def path(self) -> Path:
+        key = hashlib.sha256(json.dumps(self.depends, sort_keys=True).encode()).hexdigest()[:16]
+        return self.folder / "artifacts" / f"{self.kind}-{key}.safetensors"
+
+    def get(self) -> Made:
+        """Its tensors and values, made if they are not there yet.
+
+        Values get ``seconds``, how long making took, ``seconds_of``, the same for it and each artifact that it is made
+        from, ``peak_rss_bytes`` and ``peak_gpu_bytes``, the most memory meanwhile, and ``reused``.
+        """
+        if (found := self._reused()) is not None:
+            return found
+        inputs = [artifact.get() for artifact in self.inputs]
+        with self._lock():
+            return self._reused() or self._made(inputs)
+
+    def _reused(self) -> Made | None:
+        if (found := read(self.path)) is None:
+            return None
+        os.utime(self.path)  # when it was last of use
+        print(f"reusing {self.kind} ({self.path.name}, made in {found[1]['seconds']:.1f} s)")
+        return found[0], found[1] | {"reused": True}
+
+    def _made(self, inputs: list[Made]) -> Made:
+        unfinished = self.path.with_name(f"unfinished-{self.path.name}")
+        more = {}
+        if self.resumable:
+            state = read(unfinished)
+            if state:
+                print(f"resuming from {unfinished.name}")
+            more = {"resume": state and state[0], "keep": lambda tensors: _write(unfinished, self.depends, tensors, {})}
+        start, peak = time.perf_counter(), PeakMemory()
+        tensors, values = self.make(*inputs, **more)
+        seconds = {self.path.stem: time.perf_counter() - start}
+        chain = {name: value for _, known in inputs for name, value in known["seconds_of"].items()} | seconds
+        values = values | {"seconds": seconds[self.path.stem], "seconds_of": chain} | peak.measured()
+        _write(self.path, self.depends, tensors, values)
+        unfinished.unlink(missing_ok=True)
+        return tensors, values | {"reused": False}
+
+    def _lock(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+        try:
+            return lock.acquire(timeout=1)
+        except Timeout:
+            print(f"another process is making {self.path.name}: waiting for it", flush=True)
+            return lock.acquire()
 
 
-def checkpoint(folder: Path, kind: str, depends: dict) -> tuple[dict[str, Tensor] | None, Callable[[dict], None]]:
-    """The state that the unfinished making of an artifact left behind (None: none), and a function that keeps one."""
-    path = _path(folder, f"unfinished-{kind}", depends | {"code": code_hash()})
-    found = _read(path)
-    if found:
-        print(f"going on from {path.name}")
+def read(path: Path) -> Made | None:
+    """The tensors and values of an artifact; None if there is none, or (said so) if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about["sha256"] != _digest(tensors, about["values"]):
+            raise ValueError("it does not have the SHA-256 that it was written with")
+        return tensors, json.loads(about["values"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        print(f"{path.name} is damaged ({error}): making it anew")
+        return None
 
-    def keep(tensors: dict[str, Tensor]) -> None:
-        _write(path, depends, tensors, {})
 
-    return found and found[0], keep
-
-
-def _path(folder: Path, kind: str, depends: dict) -> Path:
-    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
-    return folder / "artifacts" / f"{kind}-{key}.json"
+def depends_of(path: Path) -> dict | None:
+    """What an artifact says that it depends on; None if it can't be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["depends"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
 
 
 def _write(path: Path, depends: dict, tensors: dict[str, Tensor], values: dict) -> None:
-    tensors_path = path.with_suffix(".safetensors")
-    if tensors:
-        write(tensors_path, lambda to: save_file({k: v.contiguous() for k, v in tensors.items()}, to))
-    digest = _sha256(tensors_path) if tensors else None
-    write_json(path, {"depends": depends, "values": values, "sha256": digest})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    said = json.dumps(values, default=float)
+    about = {"depends": json.dumps(depends), "values": said, "sha256": _digest(tensors, said)}
+    write(path, lambda to: save_file(tensors, to, metadata=about))
 
 
-def _read(path: Path) -> Made | None:
-    if not path.exists():
-        return None
-    tensors = path.with_suffix(".safetensors")
-    try:
-        record = json.loads(path.read_text())
-        if record["sha256"] and record["sha256"] != _sha256(tensors):
-            raise ValueError(f"{tensors.name} does not have the SHA-256 it was written with")
-        return (load_file(tensors) if record["sha256"] else {}), record["values"] | {"reused": True}
-    except (OSError, ValueError, KeyError) as error:
-        print(f"{path.name} is damaged ({error}): making it anew")
-        return None
+def _digest(tensors: dict[str, Tensor], values: str) -> str:
+    digest = hashlib.sha256(values.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_results(config: Config, notebook: str, metrics: dict) -> Path:
@@ -119,7 +170,7 @@ def write_json(path: Path, content: dict) -> None:
 def write(path: Path, writer: Callable[[Path], object]) -> None:
     """Call ``writer`` with a temporary sibling of ``path`` and rename it: readers see all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         writer(temporary)
         os.replace(temporary, path)
@@ -127,12 +178,17 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def decisive_versions() -> dict[str, str]:
+    """Those that an artifact depends on."""
+    return {name: importlib.metadata.version(name) for name in DECIDING}
+
+
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, with ``+changes`` where files differ from it; None outside a checkout."""
+    """The commit of this checkout, with ``+changes`` if files differ from it; None outside a checkout."""
 
     def git(*words):
         command = ["git", "-C", ROOT, *words]
@@ -142,31 +198,3 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "jqlib", "notebooks") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def peak_rss_bytes() -> int | None:
-    """The most memory this process has held so far; None where the system doesn't say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-@cache
-def code_hash() -> str:
-    """A hash of the method's modules without comments and docstrings: prose may change, artifacts stay."""
-    digest = hashlib.sha256()
-    for name in METHOD:
-        tree = ast.parse((ROOT / "jqlib" / f"{name}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
-        digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

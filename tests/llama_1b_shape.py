@@ -20,7 +20,7 @@ from jqlib import (
     train_r1_joint,
     train_r2_independent,
 )
-from jqlib.joint import orthogonality_error
+from jqlib.transform.orthogonal import orthogonality_error
 
 
 def main(folder: str, text: str) -> None:

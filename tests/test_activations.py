@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from jqlib.activations import Moments, collect_activations, sampled
-from jqlib.models import site_targets
-from jqlib.rotation import fuse_layer_norms
+from jqlib.learn.activations import Moments, collect_activations, sampled
+from jqlib.model.families import site_targets
+from jqlib.transform.build import fuse_layer_norms
 
 LAYER = "model.layers.1"
 READERS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj"]
@@ -142,7 +142,17 @@ def test_broken_weights_name_the_module(tiny_model, tokens, value):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("name", ["model.layers.9.self_attn.q_proj", "q_proj", "model.layers.0.self_attn.qproj"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.9.self_attn.q_proj",
+        "q_proj",
+        "model.layers.0.self_attn.qproj",
+        "model.layers.1",
+        "lm_head",
+        "model.norm",
+    ],
+)
 def test_unknown_target(tiny_model, tokens, name):
     with pytest.raises(ValueError, match=f"no module {name!r}. .* such as 'model.layers.0.self_attn.q_proj'"):
         collect_activations(tiny_model(), tokens(), [f"{LAYER}.{READERS[0]}", name])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jqlib import compare
+from jqlib.lab import compare
 
 
 def row(nll, kl=None, **values):

@@ -1,9 +1,11 @@
+from typing import get_args
+
 import pytest
 
+from jqlib.choices import InitMode, Solver, Weights
 from jqlib.config import (
     CHOICES,
     PROFILES,
-    RECIPES,
     Config,
     get_llama_1b_config,
     get_llama_8b_config,
@@ -11,13 +13,13 @@ from jqlib.config import (
     make_config,
     slug,
 )
-from jqlib.joint import INIT_MODES, SOLVERS
-from jqlib.objectives import OBJECTIVES
-from jqlib.quantize import WEIGHTS
+from jqlib.learn.objectives import OBJECTIVES
+from jqlib.recipes import RECIPES
 
 
 def test_choices_are_what_the_modules_take():
-    assert (CHOICES["solver"], CHOICES["init_mode"], CHOICES["weights"]) == (SOLVERS, INIT_MODES, WEIGHTS)
+    for name, taken in {"solver": Solver, "init_mode": InitMode, "weights": Weights}.items():
+        assert CHOICES[name] == get_args(taken)
     assert CHOICES["objective"] == tuple(OBJECTIVES)
 
 
@@ -36,7 +38,7 @@ def test_a_parameter_beats_the_profile_and_the_profile_the_default():
 
 
 def test_presets():
-    assert get_llama_8b_config().dtype == "bfloat16"
+    assert get_llama_8b_config().dtype == "auto"  # bfloat16, as its checkpoint is: test_pipeline.py
     assert get_llama_8b_config(dtype="float32").dtype == "float32"
     assert get_smollm2_135m_config().profile == "quick"
     assert get_smollm2_135m_config(profile="standard").seqlen == 2048

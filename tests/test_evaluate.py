@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from jqlib.data import Windows
-from jqlib.evaluate import Perplexity, Reference, evaluate_perplexity, evaluate_windows, last_hidden, read_window
+from jqlib.model.data import Windows
+from jqlib.model.evaluate import Perplexity, Reference, evaluate_perplexity, evaluate_windows, last_hidden, read_window
 
 TEXT = "The quick brown fox jumps over the lazy dog; 1234567890 times. " * 20
 
@@ -48,7 +48,7 @@ def test_windows_longer_than_a_block_of_rows(tiny_model, tokens, seqlen):
 @pytest.mark.parametrize("seqlen", [2, 257, 600])
 def test_fidelity_is_the_textbooks(tiny_model, tokens, seqlen):
     fp, other, ids = tiny_model(), tiny_model(seed=1), tokens(2, seqlen)
-    reference = Reference(last_hidden(fp, ids), fp.get_output_embeddings())
+    reference = Reference(last_hidden(fp, ids), fp.get_output_embeddings().weight)
     found = evaluate_windows(other, Windows(ids, [0, 1]), reference=reference)
     with torch.no_grad():
         p, q = (model(ids).logits[:, :-1].double().log_softmax(-1) for model in (fp, other))
@@ -59,7 +59,7 @@ def test_fidelity_is_the_textbooks(tiny_model, tokens, seqlen):
 
 def test_fp_is_faithful_to_itself(tiny_model, tokens):
     fp, ids = tiny_model(), tokens(2, 50)
-    reference = Reference(last_hidden(fp, ids), fp.get_output_embeddings())
+    reference = Reference(last_hidden(fp, ids), fp.get_output_embeddings().weight)
     row = evaluate_windows(fp, Windows(ids, [0, 1]), reference=reference).row()
     assert row["kl"] == pytest.approx(0, abs=1e-7)
     assert (row["top1"], row["top1_low"], row["top1_high"]) == (1, 1, 1)

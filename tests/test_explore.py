@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from jqlib import explore
-from jqlib.hadamard import random_hadamard
-from jqlib.quant import quantize_activation, rounding_error
+from jqlib.lab import explore
+from jqlib.transform.grids import quantize_activation, rounding_error
+from jqlib.transform.hadamard import random_hadamard
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import logging
 import pytest
 import torch
 
-from jqlib.gptq import _inverse_cholesky, corrected, gptq, quantize_weights_gptq
-from jqlib.models import sites_of
-from jqlib.quant import grouped, quantize_activation, quantize_weight, weight_scale
-from jqlib.quantize import quantize_model
-from jqlib.rotation import fuse_layer_norms, rotate_model
+from jqlib.model.families import linears_of
+from jqlib.quant.gptq import _inverse_cholesky, corrected, gptq, quantize_weights_gptq
+from jqlib.quant.quantize import quantize_model
+from jqlib.transform.build import fuse_layer_norms, rotate_model
+from jqlib.transform.grids import group_scale, grouped, quantize_activation, quantize_weight
 
 
 def problem(rows: int = 6, columns: int = 40, tokens: int = 200, seed: int = 0):
@@ -32,10 +32,10 @@ def test_closer_to_the_best_of_all_roundings_than_to_rtn():
     best = ours = nearest = 0.0
     for seed in range(5):
         W, H = problem(rows=8, columns=4, seed=seed)
-        scales = [weight_scale(grouped(W, 4), 3, importance)[:, 0] for importance in (1.0, H.diagonal())]
+        scales = [group_scale(grouped(W, 4), 3, importance)[:, 0] for importance in (1.0, H.diagonal())]
         for w, *pair in zip(W, *scales, strict=True):
             best += min(output_error(s * grid - w, H).min() for s in pair)
-        ours += output_error(gptq(W, H, 3, 4) - W, H).sum()
+        ours += output_error(gptq(W, H, 3, 4)[0] - W, H).sum()
         nearest += output_error(quantize_weight(W, 3, 4) - W, H).sum()
     assert best <= ours * (1 + 1e-5)
     assert ours - best <= 0.5 * (nearest - best)
@@ -46,16 +46,16 @@ def test_a_diagonal_hessian_leaves_nothing_to_make_up_for():
     W, _ = problem()
     H = torch.diag(torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.1)
     groups = grouped(W, 16)
-    scale = weight_scale(groups, 4, grouped(H.diagonal()[None], 16))
+    scale = group_scale(groups, 4, grouped(H.diagonal()[None], 16))
     nearest = ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)[:, :40]
-    torch.testing.assert_close(gptq(W, H, 4, 16), nearest)
+    torch.testing.assert_close(gptq(W, H, 4, 16)[0], nearest)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("groupsize", [1, 7, 16, 40, 128])
 def test_never_worse_than_rtn_in_its_own_metric(bits, groupsize):
     W, H = problem(seed=bits)
-    ours = output_error(gptq(W, H, bits, groupsize) - W, H)
+    ours = output_error(gptq(W, H, bits, groupsize)[0] - W, H)
     nearest = output_error(quantize_weight(W, bits, groupsize) - W, H)
     assert (ours <= nearest * (1 + 1e-5)).all()
     if groupsize >= 16:
@@ -65,17 +65,21 @@ def test_never_worse_than_rtn_in_its_own_metric(bits, groupsize):
 @pytest.mark.parametrize("groupsize", [7, 16, 128])
 def test_values_lie_on_each_groups_grid(groupsize):
     W, H = problem()
-    rounded = gptq(W, H, 4, groupsize)
-    for rows in rounded.split(groupsize, dim=1):
-        for row in rows:
-            assert len(row.unique()) <= 16
+    rounded, scales = gptq(W, H, 4, groupsize)
+    assert torch.equal(scales, scales.half().float())  # as a file holds them
+    groups = rounded.split(groupsize, dim=1)
+    assert scales.shape == (len(W), len(groups))
+    for rows, scale in zip(groups, scales.T, strict=True):
+        codes = (rows / scale[:, None]).round()
+        assert torch.equal(codes * scale[:, None], rows)
+        assert -8 <= codes.min() < codes.max() <= 7
 
 
 def test_blocks_of_columns_change_nothing(monkeypatch):
     W, H = problem(columns=96, tokens=400)
-    whole = gptq(W, H)
-    monkeypatch.setattr("jqlib.gptq.BLOCK", 5)
-    torch.testing.assert_close(gptq(W, H), whole, rtol=1e-4, atol=1e-4)
+    whole, _ = gptq(W, H)
+    monkeypatch.setattr("jqlib.quant.gptq.BLOCK", 5)
+    torch.testing.assert_close(gptq(W, H)[0], whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["one token", "dead channels", "zero"])
@@ -84,7 +88,7 @@ def test_poor_hessians(kind):
     x = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
     alive = (torch.arange(40) % 2).float()
     H = {"one token": x.T @ x, "dead channels": H * alive * alive[:, None], "zero": 0 * H}[kind]
-    rounded = gptq(W, H, 4, 16)
+    rounded, _ = gptq(W, H, 4, 16)
     assert torch.isfinite(rounded).all()
     assert (output_error(rounded - W, H) <= output_error(quantize_weight(W, 4, 16) - W, H) + 1e-4).all()
 
@@ -114,7 +118,7 @@ def test_sequential_hessians_on_a_rotated_model(tiny_model, tokens, orthogonal):
     for window in windows:
         half(window[None])
     X = torch.cat(inputs)
-    expected = gptq(target.weight, X.T @ X, 4, 16)
+    expected, _ = gptq(target.weight, X.T @ X, 4, 16)
     torch.testing.assert_close(model.get_submodule("model.layers.1.mlp.down_proj").weight, expected)
 
 
@@ -133,7 +137,7 @@ def test_hessians_of_inputs_that_will_be_rounded(tiny_model, tokens):
             whole(window[None])
         X = quantize_activation(torch.cat(inputs), 4, 0.9)
         name = f"model.layers.{layer}.self_attn.v_proj.weight"
-        torch.testing.assert_close(model.get_parameter(name), gptq(target.weight, X.T @ X, 4, 16))
+        torch.testing.assert_close(model.get_parameter(name), gptq(target.weight, X.T @ X, 4, 16)[0])
 
 
 def rounded_problem():
@@ -146,7 +150,7 @@ def rounded_problem():
 
 def test_corrected_weights_are_the_least_squares_solution(monkeypatch):
     W, X, Xq = rounded_problem()
-    monkeypatch.setattr("jqlib.gptq.PRIOR", 0)
+    monkeypatch.setattr("jqlib.quant.gptq.PRIOR", 0)
     found = corrected(W, Xq.T @ Xq, (X - Xq).T @ Xq, len(X))
     expected = torch.linalg.lstsq(Xq.double(), X.double() @ W.T.double()).solution.T
     torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
@@ -158,7 +162,7 @@ def test_the_prior_holds_a_correction_back(monkeypatch):
     seen, later = slice(0, 30), slice(30, None)
     H, E = Xq[seen].T @ Xq[seen], (X - Xq)[seen].T @ Xq[seen]
     with_prior = corrected(W, H, E, 30)
-    monkeypatch.setattr("jqlib.gptq.PRIOR", 0)
+    monkeypatch.setattr("jqlib.quant.gptq.PRIOR", 0)
     without = corrected(W, H, E, 30)
     assert 0 < (with_prior - W).norm() < (without - W).norm()
 
@@ -192,7 +196,7 @@ def test_correction_goes_site_by_site(tiny_model, tokens):
 
     X, Xq = inputs_of(before), inputs_of(model)
     W = before.get_submodule(target).weight
-    expected = gptq(corrected(W, Xq.T @ Xq, (X - Xq).T @ Xq, windows.numel()), Xq.T @ Xq, 4, 16)
+    expected, _ = gptq(corrected(W, Xq.T @ Xq, (X - Xq).T @ Xq, windows.numel()), Xq.T @ Xq, 4, 16)
     torch.testing.assert_close(model.get_submodule(target).weight, expected)
 
 
@@ -206,8 +210,22 @@ def test_lower_output_error_than_rtn_on_a_model(tiny_model, tokens):
         quantize_model(quantised, 3, 16, 16, weights=weights, calib_data=windows)
         errors[weights] = (quantised(windows).logits - logits).square().mean()
         changed = {name for name, p in quantised.named_parameters() if not torch.equal(p, model.get_parameter(name))}
-        assert changed == {f"{layer}.{r}.weight" for layer, site in sites_of(model).values() for r in site.readers}
+        assert changed == {f"{name}.weight" for name in linears_of(model)}
     assert errors["gptq"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("inputs", ["fp", "corrected"])
+def test_failing_half_way_leaves_no_hook_of_the_walk_and_is_final(tiny_model, tokens, inputs):
+    model, windows = tiny_model(), tokens(4, 64)
+    model.model.layers[0].mlp.down_proj.weight[3, 3] = torch.nan  # the second layer's Hessians are NaN
+    with pytest.raises(FloatingPointError, match=r"model.layers.1.self_attn.q_proj: its Hessian has no Cholesky"):
+        quantize_model(model, weights="gptq", calib_data=windows, gptq_inputs=inputs)
+    hooked = {m for m in model.modules() if m._forward_pre_hooks or m._forward_hooks}
+    assert hooked == {m for m in model.modules() if hasattr(m, "transform")}  # grids, where inputs are rounded first
+    assert bool(hooked) == (inputs == "corrected")
+    assert all(len(m._forward_pre_hooks) + len(m._forward_hooks) == 1 for m in hooked)
+    with pytest.raises(RuntimeError, match="quantised already"):
+        quantize_model(model)
 
 
 def test_bad_input(tiny_model):

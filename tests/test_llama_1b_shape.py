@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jqlib.embedded import corpus_articles
+from jqlib.model.embedded import corpus_articles
 
 SCRIPT = Path(__file__).with_name("llama_1b_shape.py")
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from jqlib.embedded import MODEL_WHEEL, fetch_wheel
-from jqlib.models import done, family_of, get_model, get_tokenizer, head_dim_of, layers_of, sites_of
+from jqlib.model.embedded import MODEL_WHEEL, fetch_wheel
+from jqlib.model.families import family_of, head_dim_of, layers_of, sites_of
+from jqlib.model.load import get_model, get_tokenizer
+from jqlib.transform.build import done
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +31,18 @@ def test_a_saved_model_loads_equal(tiny_model, tmp_path, dtype, biases):
     assert done(again) == set()
 
 
-def test_dtype_is_float32_whatever_the_checkpoint_has(tiny_model, tmp_path):
+def test_a_small_model_is_float32_whatever_the_checkpoint_has(tiny_model, tmp_path):
     tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
     assert {p.dtype for p in get_model(str(tmp_path)).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("above", "dtype"), [(0, torch.float32), (1, torch.bfloat16)])
+def test_a_large_model_keeps_its_checkpoints_dtype(tiny_model, tmp_path, monkeypatch, above, dtype):
+    model = tiny_model(dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("jqlib.model.load.FLOAT32_UP_TO", sum(p.numel() for p in model.parameters()) - above)
+    assert {p.dtype for p in get_model(str(tmp_path)).parameters()} == {dtype}
+    assert {p.dtype for p in get_model(str(tmp_path), dtype=torch.float64).parameters()} == {torch.float64}
 
 
 def test_other_families_are_refused_before_weights_are_read(tmp_path):
@@ -94,19 +105,26 @@ def test_the_table_names_every_weight_once(tiny_model, biases):
     """Readers of all sites, embedding, head and norms: nothing of a Llama is missing."""
     model = tiny_model(biases=biases, layers=3)
     family, named = family_of(model), set()
-    for layer, site in sites_of(model).values():
-        for reader in site.readers:
-            assert f"{layer}.{reader}" not in named
-            named.add(f"{layer}.{reader}")
-        if site.norm:
-            named.add(f"{layer}.{site.norm}")
+    name_of = {module: name for name, module in model.named_modules()}
+    for name, place in sites_of(model).items():
+        assert name == place.name == next(iter(place.linears))
+        for reader, linear in place.linears.items():
+            assert linear is model.get_submodule(reader)
+            assert linear.in_features == place.width
+            assert reader.startswith(f"model.layers.{place.layer}.")
+            assert reader not in named
+            named.add(reader)
+        if place.norm is not None:
+            assert (place.source, place.host) == (None, place.norm)
+            named.add(name_of[place.norm])
         else:
-            assert model.get_submodule(f"{layer}.{site.source}").out_features <= model.get_submodule(
-                f"{layer}.{site.readers[0]}").in_features  # fmt: skip
+            assert place.host is place.linears[name]
+            assert place.source.out_features <= place.width
+            assert name_of[place.source] in named
     named |= {family.embed, family.head, family.final_norm}
     assert named == {name.rsplit(".", 1)[0] for name in model.state_dict()}
     assert [name for name, _ in layers_of(model)] == [f"model.layers.{i}" for i in range(3)]
-    assert [site.name for _, site in sites_of(model, "o", "ug").values()] == ["o", "ug"] * 3
+    assert [place.kind for place in sites_of(model, "o", "ug").values()] == ["o", "ug"] * 3
 
 
 @pytest.mark.parametrize("explicit", [True, False])

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from jqlib.objectives import OBJECTIVES, get_objective, mean_loss
+from jqlib.learn.objectives import OBJECTIVES, mean_loss
 
 EPSILON = 1e-6
 
@@ -14,7 +14,7 @@ def tokens(*shape, seed: int = 0):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_derivative_is_that_of_the_value(name):
-    objective = get_objective(name)
+    objective = OBJECTIVES[name]
     y = tokens(3, 7, 5)
     value, slope = objective(y)
     assert value.shape == (3, 7)
@@ -36,7 +36,7 @@ def test_values_and_gradient_against_autograd(name, by_hand):
     X, R = tokens(2, 50, 6), tokens(2, 6, 6, seed=1).requires_grad_()
     expected = by_hand(X @ R).mean(-1)
     expected.sum().backward()
-    loss, gradient = mean_loss([X], R.detach(), get_objective(name), chunk=7)
+    loss, gradient = mean_loss([X], R.detach(), OBJECTIVES[name], chunk=7)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, R.grad)
 
@@ -44,7 +44,7 @@ def test_values_and_gradient_against_autograd(name, by_hand):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_values_are_per_token(name):
     """A token's value and derivative do not depend on its neighbours, nor the mean on how tokens are chunked."""
-    objective, y = get_objective(name), tokens(9, 6)
+    objective, y = OBJECTIVES[name], tokens(9, 6)
     value, slope = objective(y)
     for t in range(9):
         alone, its_slope = objective(y[t : t + 1])
@@ -57,11 +57,6 @@ def test_values_are_per_token(name):
 
 def test_whip_is_finite_and_bounded_at_extremes():
     y = torch.tensor([[0.0, -0.0, 1e30, -1e30]])
-    value, slope = get_objective("whip")(y)
+    value, slope = OBJECTIVES["whip"](y)
     assert value.tolist() == [2.0]
     assert slope.abs().tolist() == [[1, 1, 0, 0]]
-
-
-def test_unknown_objective():
-    with pytest.raises(ValueError, match="'wipe' is unknown; there are whip, range"):
-        get_objective("wipe")

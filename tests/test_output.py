@@ -3,12 +3,15 @@
 import pytest
 import torch
 
-from jqlib import collect_activations, distill, fuse_layer_norms, rotate_model, site_targets
-from jqlib.hadamard import random_hadamard
-from jqlib.joint import orthogonality_error
-from jqlib.output import _labels, cost, gathered_start, inputs_and_gradients, train_r1_output
-from jqlib.quant import quantize_activation
-from jqlib.refine import working_copy
+from jqlib import collect_activations, fuse_layer_norms, rotate_model, site_targets
+from jqlib.learn import steps
+from jqlib.learn.fisher import _labels, cost, gathered_start, inputs_and_gradients, train_r1_output
+from jqlib.learn.steps import Steps
+from jqlib.transform.build import transforms_of
+from jqlib.transform.grids import quantize_activation
+from jqlib.transform.hadamard import random_hadamard
+from jqlib.transform.orthogonal import orthogonality_error
+from jqlib.transform.transform import Grid, Rotation, Transform
 
 HIDDEN = 48
 
@@ -20,10 +23,11 @@ def test_the_cost_is_what_the_loss_feels_of_rounding():
     x = size * torch.randn(20_000, HIDDEN, generator=generator)
     h = size * torch.randn(20_000, HIDDEN, generator=generator)
     R, scale = random_hadamard(HIDDEN, 1), torch.linspace(0.5, 2, HIDDEN)
-    z, e = x @ R * scale, h @ R / scale
+    z = x @ R * scale
     delta = (quantize_activation(z, 6) - z) / scale @ R.T
     measured = (h * delta).sum(1).square().mean() / 2
-    assert cost(z, e, 6, 16, 1.0, 16).item() == pytest.approx(measured.item(), rel=0.05)
+    transform = Transform(rotation=Rotation(R), gain=scale, grid=Grid(6))
+    assert cost(transform, x, h, 16, 16).item() == pytest.approx(measured.item(), rel=0.05)
 
 
 def test_weights_cost_what_noise_of_a_groups_energy_costs():
@@ -33,17 +37,17 @@ def test_weights_cost_what_noise_of_a_groups_energy_costs():
     R, scale = random_hadamard(HIDDEN, 1), torch.linspace(0.5, 2, HIDDEN)
     groups = (weight @ R / scale).view(96, -1, 16)
     size = (0.006 * groups.square().mean(-1, keepdim=True)).sqrt().expand_as(groups).reshape(96, HIDDEN)
-    z, e = x @ R * scale, g @ weight @ R / scale
-    delta = z @ (size * torch.randn(96, HIDDEN, generator=generator)).T
+    delta = x @ R * scale @ (size * torch.randn(96, HIDDEN, generator=generator)).T
     measured = (g * delta).sum(1).square().mean() / 2
-    assert cost(z, e, 16, 4, 1.0, 16).item() == pytest.approx(measured.item(), rel=0.1)
+    transform = Transform(rotation=Rotation(R), gain=scale, grid=Grid(16))
+    assert cost(transform, x, g @ weight, 4, 16).item() == pytest.approx(measured.item(), rel=0.1)
 
 
 def test_logits_that_are_not_finite_are_named(tiny_model, tokens):
     model = tiny_model()
     model.model.norm.weight.data[0] = torch.inf
     with pytest.raises(FloatingPointError, match="NaN or Inf in the model's logits: try --dtype float32"):
-        train_r1_output(model, tokens(1, 64), steps=1)
+        train_r1_output(model, tokens(1, 64), steps=Steps(1))
 
 
 def test_gradients_predict_the_divergence_that_small_noise_makes(tiny_model, tokens):
@@ -92,13 +96,14 @@ def test_the_start_gathers_channels_of_like_gain(tiny_model):
 
 
 def total(model, windows, R, scales) -> float:
-    found = inputs_and_gradients(working_copy(model, fuse=True), windows)
-    return sum(cost(x @ R * scales[n], h @ R / scales[n], 4, 4, 0.9, 128).item() for n, (x, h) in found.items())
+    transforms = transforms_of(model, R, norm_scale=scales, grids=dict.fromkeys(scales, Grid(4, 0.9)))
+    found = inputs_and_gradients(model, windows)
+    return sum(cost(transforms[name], *xh, 4, 128).item() for name, xh in found.items())
 
 
 def test_it_lowers_the_cost_and_the_model_computes_what_it_did(tiny_model, tokens):
     model, windows = tiny_model(), tokens(8, 64)
-    R, scales = train_r1_output(model, windows, steps=60)
+    R, scales = train_r1_output(model, windows, steps=Steps(60))
     assert total(model, windows, R, scales) < 0.9 * total(model, windows, *gathered_start(model))
     assert orthogonality_error(R) < 1e-5
     before = model(windows[:1]).logits
@@ -108,10 +113,20 @@ def test_it_lowers_the_cost_and_the_model_computes_what_it_did(tiny_model, token
 
 
 def test_an_interrupted_one_goes_on_as_if_nothing_had_been(tiny_model, tokens, monkeypatch):
-    monkeypatch.setattr(distill, "KEEP_EVERY", 2)
+    monkeypatch.setattr(steps, "KEEP_EVERY", 2)
     arguments, kept = (tiny_model(), tokens(4, 64)), []
-    whole = train_r1_output(
-        *arguments, steps=5, keep=lambda state: kept.append({k: v.clone() for k, v in state.items()})
-    )
-    resumed = train_r1_output(*arguments, steps=5, resume=kept[0])
+    keep = lambda state: kept.append({k: v.clone() for k, v in state.items()})  # noqa: E731
+    whole = train_r1_output(*arguments, steps=Steps(5, keep=keep))
+    resumed = train_r1_output(*arguments, steps=Steps(5, keep=keep, resume=kept[0]))
+    assert [int(state["step"]) for state in kept] == [2, 4, 4]  # the second time from step 2 on
     torch.testing.assert_close(resumed[0], whole[0], rtol=0, atol=0)
+    assert all(torch.equal(scale, resumed[1][name]) for name, scale in whole[1].items())
+
+
+def test_the_model_is_left_as_it_was(tiny_model, tokens):
+    model, windows = tiny_model(), tokens(2, 64)
+    weights, expected = {name: p.clone() for name, p in model.state_dict().items()}, model(windows).logits
+    train_r1_output(model, windows, steps=Steps(2))
+    assert torch.equal(model(windows).logits, expected)
+    assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
+    assert not any(p.requires_grad for p in model.parameters())

@@ -1,13 +1,26 @@
 """The steps in order, on a model folder and a text file that the tests write."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from jqlib import pipeline
-from jqlib.config import RECIPES, make_config
-from jqlib.models import site_targets
+from jqlib.config import make_config
+from jqlib.learn.fisher import train_r1_output
+from jqlib.learn.refine import refine, simulated
+from jqlib.learn.steps import Steps
+from jqlib.model import load
+from jqlib.model.families import norms_of, site_targets, sites_of
+from jqlib.pipeline import evaluation_step
+from jqlib.quant.quantize import quantize_model
+from jqlib.recipes import RECIPES
+from jqlib.store import read
+from jqlib.transform.build import transforms_of
+from jqlib.transform.hadamard import random_hadamard
+from jqlib.transform.transform import Grid
 
 
 @pytest.fixture
@@ -30,12 +43,17 @@ def config(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
     return make_config({name: str(tmp_path / file) for name, file in names.items()} | small)
 
 
+def kinds_of(config) -> list[str]:
+    """The artifacts of a run, by kind."""
+    return [path.name.split("-")[0] for path in (config.folder / "artifacts").glob("*.safetensors")]
+
+
 def test_activations_come_in_the_models_order_made_or_reused(config):
     """Files sort their names (layers.10 before layers.2); pictures by layer and R2's seeds need the model's order."""
     model = pipeline.load_model(config)
     expected = site_targets(model, "qkv", "ug")
-    made, _ = pipeline.activations(config, "qkv", "ug")
-    reused, _ = pipeline.activations(config, "qkv", "ug")
+    made = pipeline.activations(config, "qkv", "ug")
+    reused = pipeline.activations(config, "qkv", "ug")
     assert list(made) == list(reused) == expected
     assert all(torch.equal(made[name], reused[name]) for name in made)
 
@@ -44,10 +62,31 @@ def test_activations_come_in_the_models_order_made_or_reused(config):
 def test_every_recipe_keeps_the_model_until_it_rounds(config, name):
     ids = pipeline.load_calibration(config)[:1, :64]
     expected = pipeline.load_model(config)(ids).logits
-    model, clips, seconds = pipeline.transform(config, RECIPES[name])
-    assert any(abs(clip - RECIPES[name].a_clip) > 1e-6 for clip in clips.values()) == ("clip" in RECIPES[name].refine)
+    clips = [transform.grid.clip.item() for transform in pipeline.transforms(config, RECIPES[name]).values()]
+    assert any(abs(clip - RECIPES[name].a_clip) > 1e-6 for clip in clips) == ("clip" in RECIPES[name].refine)
+    model = pipeline.transformed(config, RECIPES[name])
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-4)
-    assert seconds >= 0
+
+
+@pytest.mark.parametrize(("name", "changes"), [
+    ("jointquant-best", {}),
+    ("spinquant-like", {"online": ()}),
+    ("jointquant-online", {"online": ("down",)}),
+    ("jointquant-best", {"online": ("o", "down"), "r2": None}),
+    ("jointquant-best", {"r2": None, "o_per_head": False}),
+    ("control", {"r1": None, "refine": ("smooth", "clip")}),
+])  # fmt: skip
+def test_what_is_refined_is_the_model_that_is_built(config, name, changes):
+    recipe = replace(RECIPES[name], **changes)
+    model, found = pipeline.load_model(config), pipeline.transforms(config, recipe)
+    clips = {site: transform.grid.clip.item() for site, transform in found.items()}
+    built = pipeline.transformed(config, recipe)
+    quantize_model(built, 16, config.a_bits, a_clip=clips, o_per_head=recipe.o_per_head)
+    ids = pipeline.load_calibration(config)[:1]
+    p, q = (m(ids).logits[0].double().log_softmax(-1) for m in (model, built))
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    with simulated(model, found) as loss:
+        assert loss(ids).item() == pytest.approx(expected, rel=0.02)
 
 
 def test_r1_goes_by_the_loss_where_the_run_has_steps_for_it(config):
@@ -56,33 +95,79 @@ def test_r1_goes_by_the_loss_where_the_run_has_steps_for_it(config):
     assert (without.r1, without.r2) == ("cayley", "cayley")
 
 
-def test_activations_left_alone_are_nothing_to_refine_by(config, capsys):
-    pipeline.transform(replace(config, a_bits=16), RECIPES["spinquant-like"])
-    assert "refining" not in capsys.readouterr().err
+def test_activations_left_alone_are_nothing_to_refine_by(config):
+    start, _ = pipeline.r1(config, "hadamard")
+    for bits, stays in ((16, True), (4, False)):
+        found = pipeline.transforms(replace(config, a_bits=bits), RECIPES["spinquant-like"])
+        assert torch.equal(found["model.layers.0.self_attn.q_proj"].rotation.matrix, start) == stays
 
 
 def test_a_refinement_is_kept_whole(config, capsys):
     recipe = RECIPES["jointquant-best"]
-    (first, clips, _), (again, kept, _) = (pipeline.transform(config, recipe) for _ in range(2))
-    assert "reusing refined" in capsys.readouterr().out
-    assert clips == kept
-    assert all(torch.equal(p, again.get_parameter(name)) for name, p in first.named_parameters())
+    made, kept = (pipeline.transforms(config, recipe) for _ in range(2))
+    assert "reusing transforms" in capsys.readouterr().out
+    assert list(made) == list(kept)
+    for name, transform in made.items():
+        assert repr(transform) == repr(kept[name])
+        assert all(torch.equal(p, kept[name].get_parameter(part)) for part, p in transform.named_parameters())
 
 
 def test_a_refinement_is_for_the_bits_of_the_run(config):
     recipe = RECIPES["jointquant-best"]
-    clips = {bits: pipeline.transform(replace(config, a_bits=bits), recipe)[1] for bits in (3, 8)}
-    assert clips[3] != clips[8]
+    found = {bits: pipeline.transforms(replace(config, a_bits=bits), recipe) for bits in (3, 8)}
+    assert all(transform.grid.clip != found[8][name].grid.clip for name, transform in found[3].items())
 
 
 def test_tuning_shares_the_refinement_and_leaves_nothing_unfinished(config, monkeypatch):
-    monkeypatch.setattr("jqlib.distill.KEEP_EVERY", 2)
+    monkeypatch.setattr("jqlib.learn.steps.KEEP_EVERY", 2)
     tuned = pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)
     plain = pipeline.evaluate(config, replace(RECIPES["jointquant-best"], tune=False), 4, 4)
     assert tuned["ppl"] != plain["ppl"]
-    kinds = [path.name.split("-")[0] for path in (config.folder / "artifacts").iterdir()]
+    kinds = kinds_of(config)
     assert "unfinished" not in kinds
-    assert kinds.count("refined") == 2  # .json and .safetensors: one refinement served both
+    assert (kinds.count("transforms"), kinds.count("weights"), kinds.count("tuned")) == (1, 1, 1)
+
+
+def test_tuned_rows_and_rows_of_a_rounded_kv_cache_share_their_weights(config):
+    tuned = pipeline.evaluate(config, RECIPES["quarot-tuned"], 4, 4)
+    rounded = pipeline.evaluate(replace(config, kv_bits=4), RECIPES["quarot-best"], 4, 4)
+    assert tuned["ppl"] != rounded["ppl"]
+    kinds = kinds_of(config)
+    assert (kinds.count("transforms"), kinds.count("weights"), kinds.count("tuned")) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("change", "moved"), [
+    ({"r1_lr": 1.0}, {"dartquant"}),  # the joint solver needs none
+    ({"smooth_alpha": 0.3}, {"jointquant", "smoothquant"}),
+    ({"seed": 1}, {"dartquant", "jointquant", "quarot", "smoothquant"}),
+    ({"kv_bits": 4}, {"dartquant", "jointquant", "quarot", "rtn", "smoothquant"}),
+    ({"nsamples": 1}, {"dartquant", "jointquant", "quarot", "smoothquant"}),
+    ({"refine_steps": 7}, set()),
+])  # fmt: skip
+def test_rows_are_made_anew_for_the_settings_that_they_depend_on(config, change, moved):
+    def rows(run):
+        return {name: evaluation_step(run, RECIPES[name], 4, 4).path for name in names}
+
+    names = ("dartquant", "jointquant", "quarot", "rtn", "smoothquant")
+    before, after = rows(config), rows(replace(config, **change))
+    assert {name for name in names if before[name] != after[name]} == moved
+
+
+def test_results_within_the_models_folder_do_not_disable_reuse(config):
+    inside = replace(config, output_dir=f"{config.model}/out")
+    first, again = (pipeline.r1(inside, "hadamard")[1] for _ in range(2))
+    assert (first["reused"], again["reused"]) == (False, True)
+
+
+def test_large_models_are_loaded_as_their_checkpoints_are(config, tmp_path, tiny_model, monkeypatch):
+    for name in ("small", "large"):
+        tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / name)
+    small, large = (replace(config, model=str(tmp_path / name)) for name in ("small", "large"))
+    assert pipeline.dtype_of(small) == torch.float32
+    assert pipeline.dtype_of(replace(small, dtype="float16")) == torch.float16
+    monkeypatch.setattr(load, "FLOAT32_UP_TO", 0)
+    assert pipeline.dtype_of(large) == torch.bfloat16
+    assert {p.dtype for p in pipeline.load_model(large).parameters()} == {torch.bfloat16}
 
 
 def test_smoothing_can_be_switched_off(config):
@@ -92,10 +177,9 @@ def test_smoothing_can_be_switched_off(config):
         recipe = pipeline.recipe_of(without, name)
         assert (recipe.smooth, "smooth" in recipe.refine) == ((), False)
     recipe = pipeline.recipe_of(without, "jointquant-best")
-    start = pipeline.Refined(*pipeline.r1_output(without, recipe)[:1], pipeline.r2(without, "mm")[0], {}, {}, {})
-    found, _ = pipeline.refined(without, recipe, start)
-    assert not found.smooth_scale
-    assert all((scale != 1).any() for scale in found.norm_scale.values())  # the norms' scales are no smoothing
+    found, behind = pipeline.transforms(without, recipe), norms_of(pipeline.load_model(without))
+    assert all(transform.scale is None for name, transform in found.items() if name not in behind)
+    assert all((found[name].gain != 1).any() for name in behind)  # the norms' scales are no smoothing
 
 
 def test_the_control_differs_from_the_best_in_how_rotations_are_found(config):
@@ -103,18 +187,6 @@ def test_the_control_differs_from_the_best_in_how_rotations_are_found(config):
     differ = {name for name in best if best[name] != control[name]}
     assert differ == {"label", "r1", "r2", "refine"}
     assert set(best["refine"]) - set(control["refine"]) == {"R1", "R2"}
-
-
-@pytest.mark.parametrize(("name", "changes"), [
-    ("spinquant-like", {"online": ()}),
-    ("jointquant-online", {"online": ("down",)}),
-    ("jointquant-best", {"online": ("o", "down")}),
-    ("jointquant-best", {"r2": None}),
-    ("control", {"r1": None, "refine": ("smooth", "clip")}),
-])  # fmt: skip
-def test_a_recipe_refined_as_another_model_than_is_built_is_refused(name, changes):
-    with pytest.raises(ValueError, match=r"recipe .*: refine=.* needs R2 .* and Hadamard transforms online at"):
-        replace(RECIPES[name], **changes)
 
 
 @pytest.mark.parametrize(("name", "changes"), [
@@ -135,6 +207,15 @@ def test_rows_tell_how_faithful_they_are(config):
     assert row["kl_low"] < row["kl"] < row["kl_high"]
     assert row["top1"] < 1
     assert len(row["nll"]) == len(row["kl_by_window"]) == len(row["articles"]) == 2
+
+
+def test_calibration_takes_what_all_its_steps_took_each_counted_once(config):
+    assert pipeline.evaluate(config, None, 16, 16)["calibration_seconds"] == 0
+    row = pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)
+    made = [path for path in (config.folder / "artifacts").glob("*.safetensors")
+            if not path.name.startswith(("evaluation", "fp_hidden"))]  # fmt: skip
+    assert len(made) == 7  # activations, smoothing, R1, R2, transforms, weights, what was tuned
+    assert row["calibration_seconds"] == pytest.approx(sum(read(path)[1]["seconds"] for path in made))
 
 
 def test_another_seed_does_not_evaluate_fp_again(config, capsys):
@@ -163,3 +244,44 @@ def test_evaluations_are_kept(config, capsys):
     assert first == again
     assert "reusing evaluation" in capsys.readouterr().out
     assert first["ppl"] != pipeline.evaluate(config, None, 16, 16)["ppl"]
+
+
+@pytest.fixture
+def no_collector():
+    """Without the collector of cycles: what is no longer named goes at once, or not at all."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_refine_lets_the_model_go(no_collector, tiny_model, tokens):
+    model = tiny_model()
+    gone, windows = weakref.ref(model), tokens(1, 32)
+    grids = {name: Grid(4) for name in sites_of(model)}
+    found = transforms_of(model, random_hadamard(model.config.hidden_size, 0), online=("down",), grids=grids)
+    refine(model, windows, found, steps=Steps(1))
+    del model
+    assert gone() is None
+
+
+def test_train_r1_output_lets_the_model_go(no_collector, tiny_model, tokens):
+    model = tiny_model()
+    gone, windows = weakref.ref(model), tokens(1, 32)
+    train_r1_output(model, windows, steps=Steps(1))
+    del model
+    assert gone() is None
+
+
+def test_no_model_outlives_an_evaluation(no_collector, config, monkeypatch):
+    loaded, get_model = [], load.get_model
+
+    def watched(*args, **kwargs):
+        model = get_model(*args, **kwargs)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(load, "get_model", watched)
+    pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)
+    assert len(loaded) > 5
+    assert not any(model() for model in loaded)

@@ -4,12 +4,12 @@ import nbformat
 import pandas as pd
 from nbclient import NotebookClient
 
-from jqlib import plots
+from jqlib.lab import plots
 
 
 def test_a_notebook_shows_every_figure():
     """Not just its first: styles must leave pyplot as interactive as the notebook's backend made it."""
-    sources = ["from jqlib import plots", *(f"figure = plots.by_layer({{'a': [1, {i}]}}, 'y')" for i in (2, 3, 4))]
+    sources = ["from jqlib.lab import plots", *(f"figure = plots.by_layer({{'a': [1, {i}]}}, 'y')" for i in (2, 3, 4))]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     NotebookClient(notebook, kernel_name="python3").execute()
     shown = [[output.data.keys() for output in cell.outputs if "data" in output] for cell in notebook.cells]

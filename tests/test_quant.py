@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jqlib.quant import bits_per_weight, quantize_activation, quantize_weight
+from jqlib.transform.grids import bits_per_weight, quantize_activation, quantize_weight, weight_scales
 
 BITS = st.integers(2, 8)
 SEEDS = st.integers(0, 2**31)
@@ -18,8 +19,9 @@ def random(*shape, seed: int = 0, heavy: bool = True):
 
 
 def unclipped(group, bits: int):
-    scale = group.abs().max() / (2 ** (bits - 1) - 1)
-    return (group / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale if scale > 0 else group
+    scale = -group[group.abs().argmax()] / 2 ** (bits - 1)
+    scale = scale.half().float()
+    return (group / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale if scale != 0 else group
 
 
 @settings(max_examples=60, deadline=None)
@@ -32,9 +34,9 @@ def test_weights_lie_on_a_grid_and_clipping_helps(bits, groupsize, columns, seed
         for w, q in zip(group, rounded, strict=True):
             assert len(q.unique()) <= 2**bits
             assert (q - w).square().sum() <= (unclipped(w, bits) - w).square().sum() * (1 + 1e-5) + 1e-12
-            top = 2 ** (bits - 1) - 1
-            scales = w.abs().max() / top * (1 - 0.025 * torch.arange(29))  # the clip ratios 1.00 … 0.30
-            codes = q / scales[:, None].where(scales[:, None] > 0, 1.0)
+            top, clips = 2 ** (bits - 1) - 1, 1 - 0.025 * torch.arange(29)  # the clip ratios 1.00 … 0.30
+            scales = torch.cat([w.abs().max() / top * clips, -w[w.abs().argmax()] / (top + 1) * clips]).half().float()
+            codes = q / scales[:, None].where(scales[:, None] != 0, 1.0)
             on_grid = ((codes - codes.round()).abs() < 1e-3).all(1) & (codes > -top - 1.01).all(1)
             assert torch.any(on_grid & (codes < top + 0.01).all(1))
 
@@ -47,8 +49,9 @@ def reference_weight(weight: np.ndarray, bits: int, groupsize: int) -> np.ndarra
         for start in range(0, weight.shape[1], groupsize):
             group = weight[i, start : start + groupsize]
             best = math.inf
-            for step in range(29):
-                scale = max(abs(float(w)) for w in group) / top * (1 - 0.025 * step)
+            largest = float(max(group, key=abs))
+            for step, full in itertools.product(range(29), (abs(largest) / top, -largest / (top + 1))):
+                scale = float(np.float16(full * (1 - 0.025 * step)))
                 rounded = [scale * min(max(round(float(w) / scale), -top - 1), top) for w in group]
                 error = sum((float(w) - r) ** 2 for w, r in zip(group, rounded, strict=True))
                 if error < best:
@@ -74,13 +77,21 @@ def test_ragged_last_group_is_that_part_alone(columns, groupsize):
 
 
 def test_all_sixteen_codes_are_used():
-    """−8 is a code: {−8, …, 7} is represented exactly, and a symmetric grid would not."""
+    """−8 is a code: {−8, …, 7} is represented exactly, and turned round too; a symmetric grid would not."""
     codes = torch.arange(-8.0, 8.0)[None]
-    torch.testing.assert_close(quantize_weight(codes, 4, 16), codes)
-    torch.testing.assert_close(quantize_weight(-codes[:, 1:], 4, 16), -codes[:, 1:])
+    for weight in (codes, -codes, codes[:, 1:], -codes[:, 1:]):
+        assert torch.equal(quantize_weight(weight, 4, 16), weight)
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(3, 20), torch.full((3, 20), 2.5), torch.full((3, 20), -1e-20)])
+def test_scales_are_float16_numbers():
+    scales = weight_scales(random(8, 300), 4, 128)
+    assert scales.shape == (8, 3)
+    assert torch.equal(scales, scales.half().float())
+    assert (scales < 0).any()
+    assert (scales > 0).any()
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(3, 20), torch.full((3, 20), 2.5), torch.full((3, 20), -(2.0**-10))])
 def test_constant_weights_are_exact(weight):
     torch.testing.assert_close(quantize_weight(weight, 4, 8), weight, rtol=1e-5, atol=0)
 
@@ -128,6 +139,22 @@ def test_activation_error_is_at_most_half_a_step(bits, n, seed, shift):
 def test_constant_activations_are_exact(bits, value):
     x = torch.full((3, 20), value)
     torch.testing.assert_close(quantize_activation(x, bits), x, rtol=1e-5, atol=1e-40)
+
+
+@pytest.mark.parametrize("value", [-0.7, 1e-3, 1e5, 1e-6, -1e-20])
+def test_constant_weights_are_as_near_as_a_float16_scale_allows(value):
+    weight = torch.full((3, 20), value)
+    torch.testing.assert_close(quantize_weight(weight, 4, 8), weight, rtol=2**-11, atol=8 * 2**-25)
+
+
+def test_importance_chooses_scales_that_cost_less_by_it():
+    weight, importance = random(6, 64), torch.logspace(0, 3, 64)
+
+    def cost(scales):
+        spread = scales.repeat_interleave(16, 1)
+        return (((weight / spread).round().clamp(-8, 7) * spread - weight).square() * importance).sum()
+
+    assert cost(weight_scales(weight, 4, 16, importance)) < cost(weight_scales(weight, 4, 16))
 
 
 def test_zero_is_always_exact():

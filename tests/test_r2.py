@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from jqlib.joint import initial_rotation, orthogonality_error, train_r2_independent
-from jqlib.objectives import get_objective, mean_value
-from jqlib.solver import minimise
+from jqlib.learn.objectives import OBJECTIVES, mean_value
+from jqlib.learn.rotations import initial_rotation, train_r2_independent
+from jqlib.learn.solver import minimise
+from jqlib.transform.orthogonal import orthogonality_error
 
 HEADS, KV, D = 6, 2, 8
 NAMES = ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]
@@ -46,7 +47,7 @@ def test_batched_heads_equal_each_head_alone(init_mode, smoothed):
         for kv in range(KV):
             X = head_data(acts[name], kv, smooth and smooth[name])[None]
             start = initial_rotation(D, init_mode, 7 + i * KV + kv)[None]
-            alone = minimise([X], start, get_objective("whip"), record=lambda *_: None, max_steps=3)
+            alone = minimise([X], start, OBJECTIVES["whip"], record=lambda *_: None, max_steps=3)
             torch.testing.assert_close(R2[name][kv], alone[0], rtol=0, atol=1e-3)
 
 
@@ -90,7 +91,7 @@ def test_no_steps_seed_and_degenerate_heads():
     assert all(orthogonality_error(heads) <= 1e-5 for heads in R2.values())
     X = head_data(acts[NAMES[0]], 1)[None]
     start = initial_rotation(D, "hadamard", 1)[None]
-    objective = get_objective("whip")
+    objective = OBJECTIVES["whip"]
     assert mean_value([X], R2[NAMES[0]][1][None], objective) < 0.999 * mean_value([X], start, objective)
 
 
@@ -106,9 +107,9 @@ def nan_acts():
     (o_inputs(), (5, 5), {}, ValueError, r"have shape \(60, 48\), expected \(tokens, 45\)"),
     ({NAMES[0]: torch.ones(48)}, (6, 2), {}, ValueError, r"shape \(48,\)"),
     ({NAMES[0]: torch.ones(0, 48)}, (6, 2), {}, ValueError, r"shape \(0, 48\)"),
-    (o_inputs(), (6, 2), {"solver": "newton"}, ValueError, "solver 'newton' is unknown"),
-    (o_inputs(), (6, 2), {"objective": "wipe"}, ValueError, "objective 'wipe' is unknown"),
-    (o_inputs(), (6, 2), {"init_mode": "zeros"}, ValueError, "init_mode 'zeros' is unknown"),
+    (o_inputs(), (6, 2), {"solver": "newton"}, ValueError, "solver='newton' is unknown"),
+    (o_inputs(), (6, 2), {"objective": "wipe"}, ValueError, "objective='wipe' is unknown"),
+    (o_inputs(), (6, 2), {"init_mode": "zeros"}, ValueError, "init_mode='zeros' is unknown"),
     ({NAMES[0]: torch.ones(5, 48), NAMES[1]: torch.ones(6, 48)}, (6, 2), {}, ValueError, "tokens"),
     ({}, (6, 2), {}, ValueError, "no activations"),
 ])  # fmt: skip

@@ -9,8 +9,10 @@ import papermill
 import pytest
 import yaml
 
-from jqlib.__main__ import check_inputs, main, select_notebooks
-from jqlib.config import RECIPES, ROOT, make_config
+from jqlib.__main__ import main
+from jqlib.config import ROOT, make_config
+from jqlib.lab.run import check_inputs, select_notebooks
+from jqlib.recipes import RECIPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = [
@@ -48,7 +50,7 @@ def test_runs_are_accepted(words, monkeypatch):
 @pytest.mark.parametrize("words", SWEEPS, ids=" ".join)
 def test_sweeps_are_accepted(words, monkeypatch):
     seen = []
-    monkeypatch.setattr("jqlib.sweep.sweep", lambda runs, only, *_: seen.append((runs, only)) or 0)
+    monkeypatch.setattr("jqlib.lab.sweep.sweep", lambda runs, only, *_: seen.append((runs, only)) or 0)
     monkeypatch.setattr(
         "jqlib.__main__.check_inputs", lambda config: config.model == "smollm2-135m" and check_inputs(config)
     )

@@ -15,11 +15,11 @@ from jqlib import (
     train_r1_joint,
     train_r2_independent,
 )
-from jqlib.activations import Moments
-from jqlib.data import get_evaluation_windows
-from jqlib.hadamard import random_hadamard
-from jqlib.objectives import get_objective, mean_value
-from jqlib.quantize import quantize_model
+from jqlib.learn.activations import Moments
+from jqlib.learn.objectives import OBJECTIVES, mean_value
+from jqlib.model.data import get_evaluation_windows
+from jqlib.quant.quantize import quantize_model
+from jqlib.transform.hadamard import random_hadamard
 
 HIDDEN, LAYERS, HEADS, KV = 576, 30, 9, 3
 
@@ -84,7 +84,7 @@ def test_joint_r1_beats_published_sgd(r1_acts):
 
     def whip(**arguments):
         R = train_r1_joint(some, HIDDEN, LAYERS, **arguments)
-        return mean_value([X], R[None], get_objective("whip")).item()
+        return mean_value([X], R[None], OBJECTIVES["whip"]).item()
 
     assert whip(max_steps=12) < whip(solver="sgd", lr=1e-3, epochs=10) < whip(max_steps=0)
 

@@ -5,12 +5,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from jqlib.activations import collect_activations
-from jqlib.hadamard import hadamard_matrix, random_hadamard
-from jqlib.models import done, site_targets
-from jqlib.quantize import quantize_model
-from jqlib.rotation import fuse_layer_norms, online_operations, rotate_model
-from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
+from jqlib.learn.activations import collect_activations
+from jqlib.learn.smooth import compute_simple_smooth_scale
+from jqlib.model.families import site_targets
+from jqlib.quant.quantize import quantize_model
+from jqlib.transform.build import build, done, fuse_layer_norms, online_operations, rotate_model, transforms_of
+from jqlib.transform.hadamard import hadamard_matrix, random_hadamard
 
 HIDDEN, KV, D = 48, 2, 8
 EXACT = torch.float64, 1e-9
@@ -57,7 +57,7 @@ def test_the_cost_of_online_transforms_is_what_torch_counts(tiny_model, tokens, 
         counted[when] = counter.get_total_flops() / 2 / tokens().numel()  # a multiply-add is two
         if when == "before":
             rotate_model(model, None, r4=False, online=online)
-    assert online_operations(model, online) * linears == pytest.approx(counted["after"] - counted["before"])
+    assert online_operations(model) * linears == pytest.approx(counted["after"] - counted["before"])
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -230,27 +230,96 @@ def test_order_of_steps_is_enforced(tiny_model, orthogonal):
         rotate_model(model, R)
     with pytest.raises(RuntimeError, match="fused already"):
         fuse_layer_norms(model)
-    with pytest.raises(RuntimeError, match="rotated already: it must be smoothed before"):  # R4 lies in between now
-        apply_smoothing(model, {})
+    with pytest.raises(RuntimeError, match="rotated already"):  # R4 lies in between now
+        rotate_model(model, None, None, {}, r4=False)
 
 
-@pytest.mark.parametrize("smooth", [apply_smoothing, lambda model, scales: rotate_model(model, None, None, scales)])
-def test_scales_of_a_norm_are_refused_by_a_fused_model(tiny_model, tokens, smooth):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_scales_of_a_norm_are_refused_by_a_fused_model(tiny_model, tokens, orthogonal, rotated):
     """They would make gamma differ from 1 again, and R1 does not commute with gamma."""
     model = tiny_model()
     scales = compute_simple_smooth_scale(model, tokens(), sites=("qkv", "ug"))
     fuse_layer_norms(model)
-    with pytest.raises((ValueError, RuntimeError), match=r"model\.layers\.0\.self_attn\.q_proj"):
-        smooth(model, scales)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"scales of model\.layers\.0\.self_attn\.q_proj belong into a norm"):
+        rotate_model(model, orthogonal(HIDDEN) if rotated else None, None, scales)
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
-def test_scales_of_a_norm_before_fusing_survive_a_rotation(tiny_model, tokens, orthogonal, double_norms):
+def test_scales_of_a_norm_go_before_a_transform_online(tiny_model, tokens, double_norms):
     model, batch = tiny_model(dtype=torch.float64), tokens()
-    expected = logits(model, batch)
-    apply_smoothing(model, compute_simple_smooth_scale(model, batch, sites=("qkv", "ug")))
+    expected, sites = logits(model, batch), ("qkv", "o", "ug", "down")
+    scales = compute_simple_smooth_scale(model, batch, sites=sites)
+    plain = collect_activations(model, batch, list(scales), max_tokens=None, raw=True)
+    rotate_model(model, None, None, scales, online=sites)
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+    for name, x in collect_activations(model, batch, list(scales), max_tokens=None, raw=True).items():
+        s, n = scales[name], x.shape[-1]
+        s = s if len(s) == n else s.view(KV, 1, D).repeat(1, 3, 1).flatten()
+        torch.testing.assert_close(x, (plain[name] / s) @ hadamard_matrix(n) / n**0.5, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("merged", "site"), [("R1", "qkv"), ("R1", "ug"), ("R2", "o")])
+def test_a_site_has_one_rotation(tiny_model, orthogonal, merged, site):
+    model = tiny_model()
     fuse_layer_norms(model)
-    rotate_model(model, orthogonal(HIDDEN))
-    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-9)
+    before = copy.deepcopy(model.state_dict())
+    R1, R2 = (orthogonal(HIDDEN), None) if merged == "R1" else (None, heads(model, orthogonal))
+    with pytest.raises(ValueError, match=f"site '{site}' would have two rotations: {merged} and a Hadamard"):
+        rotate_model(model, R1, R2, online=(site,))
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+
+
+@pytest.mark.parametrize("step", ["fuse", "rotate", "scale", "build"])
+def test_a_channel_whose_gamma_is_zero(tiny_model, tokens, orthogonal, double_norms, step):
+    model, batch = tiny_model(dtype=torch.float64), tokens()
+    for layer in model.model.layers:
+        layer.input_layernorm.weight[3] = layer.post_attention_layernorm.weight[5] = 0
+    expected = logits(model, batch)
+    if step in ("fuse", "rotate"):
+        fuse_layer_norms(model)
+    if step == "rotate":
+        rotate_model(model, orthogonal(HIDDEN))
+    if step == "scale":
+        rotate_model(model, None, None, compute_simple_smooth_scale(model, batch, sites=("qkv", "ug")))
+    if step == "build":
+        build(model, transforms_of(model, orthogonal(HIDDEN), online=("down",)))
+    torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-9 * expected.abs().max().item())
+
+
+def test_built_in_one_go_a_bfloat16_weight_is_cast_once(tiny_model, tokens, orthogonal):
+    """v_proj takes gamma, R1, a gain, scales and R2: it is what float64 makes of all five, and then bfloat16."""
+    model, name = tiny_model(biases=True, dtype=torch.bfloat16), "model.layers.1.self_attn.o_proj"
+    smooth = compute_simple_smooth_scale(model, tokens())
+    R1, R2 = orthogonal(HIDDEN, 9, torch.float32), heads(model, orthogonal, torch.float32)
+    gain = torch.linspace(0.3, 3, HIDDEN)
+    layer = copy.deepcopy(model.model.layers[1])
+    norm_scale = {"model.layers.1.self_attn.q_proj": gain}
+    build(model, transforms_of(model, R1, R2, smooth, norm_scale, online=("down",)))
+    new = model.model.layers[1]
+    assert torch.equal(new.input_layernorm.weight, gain.bfloat16())
+    gamma, s = layer.input_layernorm.weight.double(), smooth[name].double()
+    V, held = torch.block_diag(*R2[name].double()), gain.bfloat16().double()
+    weight = V.T @ ((layer.self_attn.v_proj.weight.double() * gamma) @ R1.double() / held / s[:, None])
+    assert torch.equal(new.self_attn.v_proj.weight, weight.bfloat16())
+    assert torch.equal(new.self_attn.v_proj.bias, ((layer.self_attn.v_proj.bias.double() / s) @ V).bfloat16())
+    thrice = (layer.self_attn.v_proj.weight.double() * gamma).bfloat16().double() @ R1.double() / held
+    thrice = V.T @ (thrice.bfloat16().double() / s[:, None])
+    assert not torch.equal(new.self_attn.v_proj.weight, thrice.bfloat16())  # the test would see another cast
+
+
+def test_built_in_one_go_is_step_by_step(tiny_model, tokens, orthogonal, double_norms):
+    model, batch = tiny_model(biases=True, dtype=torch.float64), tokens()
+    smooth, R1, R2 = compute_simple_smooth_scale(model, batch), orthogonal(HIDDEN), heads(model, orthogonal)
+    steps = copy.deepcopy(model)
+    build(model, transforms_of(model, R1, R2, smooth, online=("down",)))
+    fuse_layer_norms(steps)
+    rotate_model(steps, R1, R2, smooth)
+    assert done(model) == done(steps) == {"fused", "rotated"}
+    expected = steps.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(p, expected[name], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("step", ["fuse", "rotate", "smooth"])
@@ -261,6 +330,6 @@ def test_a_quantised_model_is_not_changed_any_more(tiny_model, tokens, orthogona
         fuse_layer_norms(model)
     quantize_model(model)
     call = {"fuse": fuse_layer_norms, "rotate": lambda m: rotate_model(m, orthogonal(HIDDEN)),
-            "smooth": lambda m: apply_smoothing(m, scales)}[step]  # fmt: skip
+            "smooth": lambda m: rotate_model(m, None, None, scales, r4=False)}[step]  # fmt: skip
     with pytest.raises(RuntimeError, match="quantised already"):
         call(model)

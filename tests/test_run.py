@@ -5,17 +5,17 @@ from dataclasses import replace
 import nbformat
 import pytest
 
-from jqlib.__main__ import (
+from jqlib.__main__ import main
+from jqlib.config import make_config
+from jqlib.lab.run import (
     _say_what_is_replaced,
     check_inputs,
-    main,
     read_run_file,
     select_notebooks,
     with_absolute_paths,
     write_html,
 )
-from jqlib.config import make_config
-from jqlib.models import load_config
+from jqlib.model.load import load_config
 from jqlib.store import save_results
 
 

@@ -3,13 +3,18 @@ import copy
 import pytest
 import torch
 
-from jqlib.activations import collect_activations
-from jqlib.models import done, site_targets
-from jqlib.smooth import apply_smoothing, compute_simple_smooth_scale
+from jqlib.learn.activations import collect_activations
+from jqlib.learn.smooth import compute_simple_smooth_scale
+from jqlib.model.families import site_targets
+from jqlib.transform.build import done, fuse_layer_norms, rotate_model
 
 HEADS, KV, D, INTERMEDIATE, HIDDEN = 6, 2, 8, 96, 48
 O_PROJ, DOWN = "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj"
 QKV, UG = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+
+
+def smooth(model, scales):
+    rotate_model(model, None, None, scales, r4=False)
 
 
 def logits(model, batch):
@@ -49,21 +54,21 @@ def test_scales_against_slow_loops(tiny_model, tokens, alpha, name):
 def test_logits_survive(tiny_model, tokens, double_norms, biases, sites):
     model, batch = tiny_model(biases=biases, dtype=torch.float64), tokens()
     expected, before = logits(model, batch), copy.deepcopy(model.state_dict())
-    apply_smoothing(model, compute_simple_smooth_scale(model, batch, sites=sites))
+    smooth(model, compute_simple_smooth_scale(model, batch, sites=sites))
     torch.testing.assert_close(logits(model, batch), expected, rtol=0, atol=1e-10)
     changed = {name.split(".")[-2] for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
     touched = {"o": {"v_proj", "o_proj"}, "down": {"up_proj", "down_proj"},
                "qkv": {"input_layernorm", "q_proj", "k_proj", "v_proj"},
                "ug": {"post_attention_layernorm", "up_proj", "gate_proj"}}  # fmt: skip
     assert changed == set().union(*(touched[site] for site in sites))
-    assert done(model) == {"smoothed"}
+    assert done(model) == {"rotated"}
 
 
 def test_smoothed_input_is_divided(tiny_model, tokens):
     model, batch = tiny_model(), tokens()
     before = collect_activations(model, batch, [O_PROJ, DOWN])
     scales = compute_simple_smooth_scale(model, batch, alpha=0.7)
-    apply_smoothing(model, scales)
+    smooth(model, scales)
     after = collect_activations(model, batch, [O_PROJ, DOWN])
     per_head = scales[O_PROJ].view(KV, 1, D).repeat(1, HEADS // KV, 1).flatten()
     torch.testing.assert_close(after[O_PROJ], before[O_PROJ] / per_head, rtol=1e-3, atol=1e-4)
@@ -87,7 +92,7 @@ def test_dead_channels_keep_their_scale(tiny_model, tokens, alpha):
     scales = compute_simple_smooth_scale(model, batch, alpha=alpha)
     assert scales[DOWN][5] == scales[DOWN][7] == 1
     assert all(torch.isfinite(scale).all() and (scale >= 1e-5).all() for scale in scales.values())
-    apply_smoothing(model, scales)
+    smooth(model, scales)
     torch.testing.assert_close(logits(model, batch), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -100,9 +105,12 @@ def test_alpha_outside_its_range(tiny_model, tokens, alpha):
 def test_twice(tiny_model, tokens):
     model = tiny_model()
     scales = compute_simple_smooth_scale(model, tokens())
-    apply_smoothing(model, scales)
-    with pytest.raises(RuntimeError, match="smoothed already"):
-        apply_smoothing(model, scales)
+    smooth(model, scales)
+    for again in (lambda: smooth(model, scales), lambda: rotate_model(model, None)):
+        with pytest.raises(RuntimeError, match="rotated already"):
+            again()
+    with pytest.raises(RuntimeError, match="rotated already: it must be fused before"):
+        fuse_layer_norms(model)
 
 
 @pytest.mark.parametrize(("scales", "message"), [
@@ -116,7 +124,7 @@ def test_scales_that_do_not_fit_are_named_and_leave_the_model_alone(tiny_model, 
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
-        apply_smoothing(model, scales)
+        smooth(model, scales)
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 

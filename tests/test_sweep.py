@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from jqlib.__main__ import main
-from jqlib.sweep import plan, read_values
+from jqlib.lab.sweep import plan, read_values
 
 GRID = ["-p", "w_bits=3,4", "-p", "seed=0,1,2", "--only", "05"]
 SIX = [f"tiny,w_bits={bits},seed={seed}" for bits in (3, 4) for seed in (0, 1, 2)]

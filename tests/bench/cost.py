@@ -14,12 +14,16 @@ import pandas as pd
 import torch
 from solvers import EPOCHS, reached, run
 
-from jqlib import baselines, store
+from jqlib import store
 from jqlib.config import get_smollm2_135m_config
-from jqlib.hadamard import random_hadamard
-from jqlib.joint import train_r1_joint
-from jqlib.objectives import get_objective, mean_loss, second_moment
-from jqlib.solver import Minibatches, minimise, polar
+from jqlib.learn import baselines
+from jqlib.learn.baselines import Training
+from jqlib.learn.objectives import OBJECTIVES, mean_loss, second_moment
+from jqlib.learn.rotations import train_r1_joint
+from jqlib.learn.solver import Minibatches, minimise
+from jqlib.memory import PeakMemory
+from jqlib.transform.hadamard import random_hadamard
+from jqlib.transform.orthogonal import polar
 
 WIDTHS = (576, 1024, 2048, 4096)
 TOKENS = (10_000, 100_000, 1_000_000)
@@ -27,7 +31,7 @@ LARGEST = 1e8  # channels · tokens that are measured
 SGD_WIDEST = 1024  # channels of a whole SGD training: 120 QR factors and their derivatives
 TRAINED = 20_000  # tokens of the full trainings
 SGD_STEPS = 120  # of a training as published: 10 epochs of 12 batches
-WHIP = get_objective("whip")
+WHIP = OBJECTIVES["whip"]
 
 
 def main() -> None:
@@ -58,6 +62,10 @@ def planted(tokens: int, n: int, seed: int = 0) -> torch.Tensor:
     return x / x.square().mean(1, keepdim=True).sqrt()  # as behind a norm
 
 
+def published(epochs: int, max_steps: int | None, seed: int = 0) -> Training:
+    return Training("sgd", "whip", 1e-3, epochs, max_steps, seed, None)
+
+
 def step_costs(n: int) -> list[dict]:
     """A step of either method, by tokens: ours on all of them, DartQuant's on one of its 12 batches."""
     rows, R, slopes = [], random_hadamard(n, 0)[None], {}
@@ -68,7 +76,7 @@ def step_costs(n: int) -> list[dict]:
             gram = second_moment([X], R)
             M = 0.3 * gram @ R - mean_loss([X], R, WHIP)[1]
             factor = seconds(lambda M=M: polar(M))
-            sgd = seconds(lambda X=X: baselines.sgd([X], R, WHIP, 1e-3, 1, 2, 0, lambda *_: None)) / 2
+            sgd = seconds(lambda X=X: baselines.sgd([X], R, WHIP, published(1, 2), lambda *_: None)) / 2
             slopes = {"gradient": gradient / tokens, "tokens": tokens, "sgd": sgd}
         else:
             gradient = slopes["gradient"] * tokens
@@ -88,12 +96,13 @@ def training(n: int) -> dict:
     ours = run(lambda R, seed, record: minimise(Minibatches(data, seed), R, WHIP, record=record), data, 0, points=60)
     row = {"channels": n, "tokens": TRAINED, "joint: Whip": ours[-1]["loss"], "joint: s": ours[-1]["seconds"]}
     if n <= SGD_WIDEST:
-        sgd = run(lambda R, seed, record: baselines.sgd(list(data.values()), R, WHIP, 1e-3, EPOCHS, None, seed, record),
+        layers = list(data.values())
+        sgd = run(lambda R, seed, record: baselines.sgd(layers, R, WHIP, published(EPOCHS, None, seed), record),
                   data, 0, points=2)  # fmt: skip
         sooner = reached(ours, sgd[-1]["loss"])
         more = {"SGD: Whip": sgd[-1]["loss"], "SGD: s": sgd[-1]["seconds"], "joint: s to SGD's Whip": sooner}
     else:
-        few = seconds(lambda: baselines.sgd(list(data.values()), start, WHIP, 1e-3, 1, 3, 0, lambda *_: None)) / 3
+        few = seconds(lambda: baselines.sgd(list(data.values()), start, WHIP, published(1, 3), lambda *_: None)) / 3
         more = {"SGD: s": few * SGD_STEPS}
     whole = mean_loss(data.values(), start, WHIP)[0].item()
     return row | {"Hadamard: Whip": whole} | more | {"": "measured" if n <= SGD_WIDEST else "SGD extrapolated"}
@@ -113,8 +122,10 @@ class Generated:
 
 
 def hold(n: int, batches: int) -> dict:
+    peak = PeakMemory()
     train_r1_joint(Generated(n, batches), n, 1, max_steps=1)
-    return {"channels": n, "tokens streamed": 1024 * batches, "peak memory (MB)": store.peak_rss_bytes() / 1e6}
+    held = peak.measured()["peak_rss_bytes"]
+    return {"channels": n, "tokens streamed": 1024 * batches, "peak memory (MB)": held and held / 1e6}
 
 
 def memory(n: int, batches: int) -> dict:

@@ -13,11 +13,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from jqlib import baselines, models, pipeline, store
+from jqlib import pipeline, store
 from jqlib.config import get_smollm2_135m_config
-from jqlib.joint import initial_rotation
-from jqlib.objectives import get_objective, mean_value
-from jqlib.solver import Minibatches, minimise
+from jqlib.learn import baselines
+from jqlib.learn.baselines import Training
+from jqlib.learn.objectives import OBJECTIVES, mean_value
+from jqlib.learn.rotations import initial_rotation
+from jqlib.learn.solver import Minibatches, minimise
+from jqlib.model.families import R1_SITES
 
 RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "adam": (1e-3, 1e-2), "cayley": (1e-3, 1e-2, 0.1)}
 EPOCHS = 10
@@ -30,7 +33,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     config = get_smollm2_135m_config(profile=arguments.profile)
-    acts, _ = pipeline.activations(config, *models.R1_SITES)
+    acts = pipeline.activations(config, *R1_SITES)
     data = {name: x[None] for name, x in acts.items()}
     curves = measure(methods(data), data, arguments.repeats)
     table = compare(curves)
@@ -43,13 +46,14 @@ def main() -> None:
 
 def methods(data) -> dict:
     """``{name: run(start, seed, record)}``; each baseline with the best of its learning rates, and SGD as published."""
-    whip, layers = get_objective("whip"), list(data.values())
+    whip, layers = OBJECTIVES["whip"], list(data.values())
 
     def joint(start, seed, record):
         return minimise(Minibatches(data, seed), start, whip, record=record)
 
     def baseline(solver, lr, start, seed, record):
-        return getattr(baselines, solver)(layers, start, whip, lr, EPOCHS, None, seed, record)
+        training = Training(solver, "whip", lr, EPOCHS, None, seed, None)
+        return getattr(baselines, solver)(layers, start, whip, training, record)
 
     found = {"joint (mm)": joint, "SGD, published (lr 0.001)": partial(baseline, "sgd", 1e-3)}
     for solver, rates in RATES.items():
@@ -78,7 +82,7 @@ def run(method, data, seed: int, points: int = POINTS) -> list[dict]:
     kept.append((time.perf_counter() - begin, end))
     moments = np.log([seconds for seconds, _ in kept])
     chosen = {int(np.abs(moments - m).argmin()) for m in np.linspace(moments[0], moments[-1], points)} | {len(kept) - 1}
-    whip = get_objective("whip")
+    whip = OBJECTIVES["whip"]
     return [{"seconds": kept[i][0], "loss": mean_value(data.values(), kept[i][1], whip).item()} for i in sorted(chosen)]
 
 

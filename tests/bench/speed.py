@@ -13,11 +13,13 @@ from statistics import median
 import pandas as pd
 from cost import seconds
 
-from jqlib import models, pipeline, store
-from jqlib.config import RECIPES, get_smollm2_135m_config
-from jqlib.data import get_evaluation_windows
-from jqlib.evaluate import read_window
-from jqlib.quantize import quantize_model
+from jqlib import pipeline, store
+from jqlib.config import get_smollm2_135m_config
+from jqlib.model.data import get_evaluation_windows
+from jqlib.model.evaluate import read_window
+from jqlib.model.load import get_tokenizer
+from jqlib.quant.quantize import quantize_model
+from jqlib.recipes import RECIPES
 
 SEQLEN = 2048
 METHODS = ("jointquant-best", "jointquant-online")
@@ -29,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = get_smollm2_135m_config()
     every = {"Hugging Face": pipeline.load_model(config)} | {name: quantised(config, name) for name in METHODS}
-    windows = get_evaluation_windows(models.get_tokenizer(config.model), None, SEQLEN, arguments.windows + 1).ids
+    windows = get_evaluation_windows(get_tokenizer(config.model), None, SEQLEN, arguments.windows + 1).ids
     taken: dict[str, list[float]] = {name: [] for name in every}
     for window in windows:
         for name, model in every.items():
@@ -51,7 +53,7 @@ def quantised(config, name: str):
     """The model as the recipe leaves it, with Hadamard rotations and weights rounded to nearest."""
     recipe = RECIPES[name]
     recipe = replace(recipe, r1=recipe.r1 and "hadamard", r2="hadamard", smooth=(), refine=())
-    model, *_ = pipeline.transform(config, recipe)
+    model = pipeline.transformed(config, recipe)
     quantize_model(model, 4, 4, a_clip=recipe.a_clip, o_per_head=recipe.o_per_head)
     return model
 

@@ -1,0 +1,20 @@
+"""Every choice by name, once: settings, flags and dispatch read these."""
+
+from typing import Literal, get_args
+
+Solver = Literal["mm", "sgd", "adam", "cayley", "greedy"]
+Objective = Literal["whip", "range", "kurtosis", "lp", "quant_error"]
+InitMode = Literal["hadamard", "random", "identity"]
+Measure = Literal["max", "l2"]
+Weights = Literal["rtn", "gptq"]
+GptqInputs = Literal["fp", "quantised", "corrected"]
+Split = Literal["test", "validation"]
+Draw = Literal["spread", "first"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def check_choice(name: str, value: object, allowed) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``: a Literal type, or the names themselves."""
+    names = get_args(allowed) or tuple(allowed)
+    if value not in names:
+        raise ValueError(f"{name}={value!r} is unknown; there are {', '.join(names)}")

@@ -1,0 +1,67 @@
+"""What the steps of a run read: its model and text, and the artifact of a step."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from jqlib.code import code_of
+from jqlib.config import Config
+from jqlib.model import data, load
+from jqlib.model.data import Windows, get_calibration_data, get_evaluation_windows
+from jqlib.store import Artifact
+
+MODEL = ("model", "dtype", "device")
+TEXT = ("calib_dataset", "nsamples", "seqlen", "seed")
+WINDOWS = ("eval_dataset", "eval_seqlen", "eval_windows", "eval_split", "eval_draw")
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """The dtype that a run's model is loaded in."""
+    return load.default_dtype(config.model) if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
+def load_model(config: Config):
+    """The FP model of a run, fresh."""
+    return load.get_model(config.model, config.device, dtype_of(config))
+
+
+def load_calibration(config: Config) -> Tensor:
+    """The run's calibration windows, (nsamples, seqlen)."""
+    tokenizer = load.get_tokenizer(config.model)
+    return get_calibration_data(tokenizer, config.nsamples, config.seqlen, config.calib_dataset, config.seed)
+
+
+def evaluation_windows(config: Config) -> Windows:
+    """The run's evaluation windows."""
+    return get_evaluation_windows(
+        load.get_tokenizer(config.model), config.eval_dataset, config.eval_seqlen, config.eval_windows or None,
+        split=config.eval_split, windows=config.eval_draw,
+    )  # fmt: skip
+
+
+def text_for(config: Config, steps: int, tokens: int) -> Tensor:
+    """As many calibration windows as so many steps on so many ``tokens`` of text need, or as there are."""
+    needed = max(1, -(-steps // max(1, config.seqlen // tokens)))
+    tokenizer = load.get_tokenizer(config.model)
+    return get_calibration_data(tokenizer, needed, config.seqlen, config.calib_dataset, config.seed, least=1)
+
+
+def artifact_of(
+    step, config: Config, names: tuple[str, ...], make, *inputs: Artifact, resumable: bool = False, **also
+) -> Artifact:
+    """The artifact of a step. ``make(s, *inputs)``: s has the named settings and no other; ``also``: the recipe's."""
+    s = SimpleNamespace(**{name: getattr(config, name) for name in names})
+    settings = {name: _content(config, name) for name in names} | also
+    kind = step.__name__.removesuffix("_step")
+    return Artifact(config.folder, kind, settings, code_of(step), partial(make, s), inputs, resumable)
+
+
+def _content(config: Config, name: str):
+    """What a setting stands for: the model's and the text's content, not their names."""
+    if name == "model":
+        return load.fingerprint(config.model)
+    if name == "dtype":
+        return str(dtype_of(config))
+    return data.fingerprint(getattr(config, name)) if name.endswith("_dataset") else getattr(config, name)

@@ -1,0 +1,1 @@
+"""What runs the workbook and shows what it found."""

@@ -1,0 +1,99 @@
+"""What a run will meet and take, before it starts (no weights are read), and what is on disk already."""
+
+import time
+
+import torch
+from torch import nn
+
+from jqlib.config import Config
+from jqlib.inputs import dtype_of
+from jqlib.lab.disk import on_disk
+from jqlib.learn.steps import TOKENS
+from jqlib.model.families import R1_SITES, family_of, head_dim_of, linears_of, sites_of
+from jqlib.model.load import without_weights
+from jqlib.transform.hadamard import factors
+
+PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the runner is one, a kernel another
+
+
+def describe(config: Config) -> str:
+    """Sites, sizes, which rotations can start from a Hadamard matrix, memory, and time on this machine.
+
+    Times are estimates from one matrix product; they count products only. Raises as `jqlib.get_model` does for a
+    model that is missing or not supported.
+    """
+    model, dtype = without_weights(config.model), dtype_of(config)
+    shape, linears = model.config, linears_of(model)
+    in_layers, parameters = _numel(linears.values()), sum(p.numel() for p in model.parameters())
+    head = model.get_submodule(family_of(model).head).weight.numel()
+    sites = list(sites_of(model).values())[: len(family_of(model).sites)]
+    return "\n".join([
+        f"profile {config.profile}: {config.nsamples} windows of {config.seqlen} tokens to calibrate",
+        f"{config.model}: {shape.model_type}, {shape.num_hidden_layers} layers, hidden size {shape.hidden_size}, "
+        f"{shape.num_attention_heads} heads ({shape.num_key_value_heads} kv), vocabulary {shape.vocab_size:,}"
+        + (", tied head (untied when norms are fused)" if shape.tie_word_embeddings else ""),
+        f"{parameters:,} parameters, {in_layers:,} of them in the {len(linears)} linears that are quantised",
+        "", *(f"site {site.kind:5s} {site.width:6d} channels, read by {_short(site.linears)}" for site in sites),
+        "", *_rotations(shape.hidden_size, head_dim_of(model), shape.intermediate_size),
+        "", f"memory: {parameters * dtype.itemsize / 1e9:.1f} GB of weights in {dtype}".replace("torch.", ""),
+        f"{peak_bytes(config) / 1e9:.1f} GB at most: two models, what tuning keeps of one, and the runner",
+        "", *_time(config, in_layers, head, dtype),
+        "", on_disk(config.folder),
+    ])  # fmt: skip
+
+
+def peak_bytes(config: Config) -> int:
+    """About the most memory a run takes: FP and quantised model and what tuning keeps of its weights for the way back,
+    token samples or Hessians, the logits of a window, and two Pythons."""
+    model, dtype = without_weights(config.model), dtype_of(config)
+    shape, linears = model.config, linears_of(model)
+    untied = shape.vocab_size * shape.hidden_size if shape.tie_word_embeddings else 0
+    weights = 2 * sum(p.numel() for p in model.parameters()) + untied + _numel(linears.values())
+    sites = sites_of(model, *R1_SITES, "o").values()
+    samples = 4 * config.max_tokens * sum(site.width for site in sites) + 8 * 4 * shape.hidden_size**2
+    hessian = 8 * 4 * max(linear.in_features for linear in linears.values()) ** 2
+    logits = 3 * 4 * max(config.eval_seqlen, TOKENS) * shape.vocab_size  # float32: they, their softmax, a copy
+    return weights * dtype.itemsize + max(samples, hessian) + logits + 2 * PYTHON
+
+
+def _numel(linears) -> int:
+    return sum(linear.weight.numel() for linear in linears)
+
+
+def _short(linears: dict[str, nn.Linear]) -> str:
+    """Names within the layer."""
+    return ", ".join(".".join(name.split(".")[-2:]) for name in linears)
+
+
+def _rotations(hidden: int, head: int, intermediate: int) -> list[str]:
+    lines = []
+    for name, size in {"R1": hidden, "R2, R3": head, "R4": intermediate}.items():
+        try:
+            lines.append(f"{name:6s} {size:6d} = {' · '.join(map(str, factors(size)))}")
+        except ValueError as error:
+            lines.append(f"{name:6s} {size:6d}: {error}")
+    return lines
+
+
+def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list[str]:
+    speed = _operations_per_second(config.device, dtype)
+    calibration = 2 * in_layers * config.nsamples * config.seqlen / speed
+    window = 2 * (in_layers + head) * config.eval_seqlen / speed
+    stage = config.refine_steps * 4 * 2 * (in_layers + head) * TOKENS / speed  # forward, backward, and the FP model's
+    return [
+        f"time at {speed / 1e9:.0f} billion operations a second ({config.device}): {calibration:.0f} s to collect "
+        f"activations, {window:.1f} s per window of perplexity, of which a row takes "
+        f"{config.eval_windows or 'all of the test text'},",
+        f"{stage:.0f} s to refine or to tune ({config.refine_steps} steps).",
+        "Products alone: expect about twice as long, and solvers and GPTQ besides.",
+    ]
+
+
+def _operations_per_second(device: str, dtype: torch.dtype, n: int = 1024) -> float:
+    x = torch.ones(n, n, device=device, dtype=dtype)
+    (x @ x)[0, 0].item()  # warm
+    start = time.perf_counter()
+    for _ in range(4):
+        y = x @ x
+    y[0, 0].item()  # waits for the device
+    return 4 * 2 * n**3 / (time.perf_counter() - start)

@@ -1,0 +1,149 @@
+"""The runner: the notebooks by papermill, their inputs checked before anything runs, one page of what they found."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from jqlib.config import KINDS, NOTEBOOKS, Config, make_config
+
+PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
+
+
+def run(parameters: dict, only: str | None = None) -> int:
+    """Execute the notebooks with these parameters (None: not given); outputs land in the config's folder."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    parameters = with_absolute_paths(parameters)
+    config = make_config(parameters)
+    notebooks = select_notebooks(only)
+    declared = {path: set(papermill.inspect_notebook(path)) for path in notebooks}
+    check_inputs(config)
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    config.folder.mkdir(parents=True, exist_ok=True)
+    given = {"profile": config.profile, "model": config.model} | parameters
+    executed = []
+    for path in notebooks:
+        print(f"{path.stem} -> {config.folder / path.name}", flush=True)
+        _say_what_is_replaced(config, path.stem, declared[path])
+        there, start = set(config.folder.glob("artifacts/*")), time.time()
+        try:
+            papermill.execute_notebook(
+                path, config.folder / path.name, {k: v for k, v in given.items() if k in declared[path]},
+                kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(),
+                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each warns that local TCP is not encrypted
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            print(f"error: {path.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
+            print(f"The notebook as far as it came: {config.folder / path.name}", file=sys.stderr)
+            return 1
+        except RuntimeError as error:  # nbclient's and jupyter_client's, where the kernel's process is gone
+            if "Kernel died" not in str(error):
+                raise
+            print(f"error: {path.stem}: its kernel died: it was killed, or memory ran out", file=sys.stderr)
+            return 3
+        reused = sum(file.exists() and file.stat().st_mtime >= start for file in there)  # reusing one touches it
+        print(f"{path.stem} took {time.time() - start:.0f} s, {reused} artifacts reused", flush=True)
+        executed.append(config.folder / path.name)
+    write_html(executed, config.folder / "report.html")
+    print(f"report: {config.folder / 'report.html'}")
+    return 0
+
+
+def _say_what_is_replaced(config: Config, notebook: str, names: set[str]) -> None:
+    """Results of other settings would be gone without a word."""
+    try:
+        before = json.loads((config.folder / "results" / f"{notebook}.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError):
+        return
+    names = names & before.keys() - {"output_dir"}
+    changed = [f"{n}={before[n]!r}" for n in KINDS if n in names and before[n] != getattr(config, n)]
+    if changed:
+        print(f"warning: replaces its results made with {', '.join(changed)}; another --output_dir keeps both")
+
+
+def with_absolute_paths(parameters: dict) -> dict:
+    """Relative paths are relative to where the user stands; a notebook's kernel stands in ``notebooks/``."""
+    from jqlib.model.data import HUB
+    from jqlib.model.embedded import CORPUS, MODEL
+
+    given = {name: value for name, value in parameters.items() if isinstance(value, str)}
+    paths = {name: Path(given[name]).expanduser().absolute() for name in PATHS if name in given}
+    names = (MODEL, CORPUS, *HUB)
+    return parameters | {
+        name: str(path)
+        for name, path in paths.items()
+        if name == "output_dir" or (path.exists() and given[name] not in names)
+    }
+
+
+def check_inputs(config: Config) -> None:
+    """A device or model that is missing or not supported, or a text too short, fails here and not after an hour."""
+    import torch
+
+    from jqlib.inputs import evaluation_windows, load_calibration
+    from jqlib.model.load import load_config
+
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device={config.device!r} can't be used here: {str(error).splitlines()[0]}") from error
+    shape, folder = load_config(config.model), Path(config.model).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise FileNotFoundError(f"{folder} has no weights: expected *.safetensors or *.bin")
+    longest = max(config.seqlen, config.eval_seqlen)
+    if longest > shape.max_position_embeddings:
+        print(f"warning: windows of {longest} tokens: the model is for {shape.max_position_embeddings} at most")
+    load_calibration(config)
+    if len({*evaluation_windows(config).articles}) < 2:
+        print("warning: all evaluation windows are from one article: no interval. Ask for more by --eval_windows")
+    text = config.eval_dataset
+    if text == config.calib_dataset and Path(text or "").is_file():
+        print(f"warning: {text} is both calibrated on and evaluated on: expect perplexities that are too good")
+
+
+def select_notebooks(only: str | None) -> list[Path]:
+    """All notebooks, or those whose numbers ``only`` lists (``02,05``)."""
+    every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    numbers = [n.strip().zfill(2) for n in only.split(",")] if only else [path.name[:2] for path in every]
+    if unknown := set(numbers) - {path.name[:2] for path in every}:
+        raise ValueError(f"--only {only}: there is no notebook {min(unknown)}; there are {every[0].name[:2]} to "
+                         f"{every[-1].name[:2]}")  # fmt: skip
+    return [path for path in every if path.name[:2] in numbers]
+
+
+def read_run_file(path: Path | None) -> dict:
+    """The parameters of a run file; names are checked by make_config."""
+    if path is None:
+        return {}
+    if not path.is_file():
+        problem = "is a folder: give a model's by --model" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"run file {path} {problem}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"run file {path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"run file {path} does not hold parameters: expected lines such as 'model: smollm2-135m'")
+    return content
+
+
+def write_html(notebooks: list[Path], to: Path) -> None:
+    """All executed notebooks as one self-contained page, code folded away."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    from jqlib.store import write
+
+    merged = nbformat.read(notebooks[0], as_version=4)
+    merged.cells = [cell for path in notebooks for cell in nbformat.read(path, as_version=4).cells]
+    for i, cell in enumerate(merged.cells):
+        cell.id = f"cell-{i}"  # each notebook counts from 0
+    merged.metadata["title"] = "JointQuant"
+    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    body, _ = exporter.from_notebook_node(merged)
+    write(to, lambda path: path.write_text(body, encoding="utf-8"))

@@ -1,0 +1,132 @@
+"""R1 and the norms' scales together, for what rounding costs the loss behind the readers: the objective ``output``.
+
+A site's input x, (tokens, n), and the gradient h of the loss there are transformed together: z = xA (`Transform.apply`)
+is what is rounded, e = hA⁻ᵀ (`Transform.dual`) is what the loss feels of it. Per-token rounding adds to every channel
+of z noise of variance ω²/(12(2^b − 1)²), ω the width of the token's grid; to second order the loss pays for it, in nats
+per token,
+
+    ½ mean_t ω_t² ‖e_t‖² / (12(2^b − 1)²).
+
+The weights' rounding acts as noise of a share ρ of the energy in each of their groups g, for which the loss pays about
+½ ρ Σ_g (Σ_{j∈g} E z_j²)(mean_{j∈g} E e_j²), gradients at different outputs and tokens taken as unrelated to each other
+and to the inputs. Both are summed over the sites behind norms of all layers. The loss is −Σ log p(y), y drawn from the
+model's own p: E hhᵀ is then the Fisher information of the input, and what it pays is KL to the model before rounding.
+Clipping is not counted.
+
+Scales undo what fusing gamma does (a norm that damped an outlier channel now lets it stretch the grid of all), with
+nothing online: they are gains of the norm in the rotated basis. That is why R1 must gather channels of like gamma.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from jqlib.learn.refine import learnable
+from jqlib.learn.steps import Steps, low_precision, minimise_by_steps
+from jqlib.model.families import R1_SITES, family_of, norms_of, sites_of
+from jqlib.transform.build import transforms_of
+from jqlib.transform.grids import OFF
+from jqlib.transform.hadamard import random_hadamard
+from jqlib.transform.orthogonal import polar
+from jqlib.transform.transform import Grid, Transform
+
+RATES = {"R1": 2.5e-3, "scale": 3e-2}  # of Adam
+WEIGHT_NOISE = 0.006  # ρ at 4 bits, a quarter for each bit more: half of RTN's, as GPTQ's effect at the outputs is
+BLOCK = 64  # channels of like gamma that the start gathers
+FLOOR = 1e-3  # of gamma, in the start
+
+
+def train_r1_output(
+    model: nn.Module, windows: Tensor, *, grid: Grid | None = None, w_bits: int = 4, groupsize: int = 128,
+    steps: Steps = Steps(150),
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """R1, (hidden, hidden), and the norms' scales, ``{site: (hidden,)}``, as `rotate_model` takes them.
+
+    ``model``: as loaded; nothing of it changes. ``windows``: (windows, seqlen) of calibration text: each step goes by
+    the inputs of all sites, and the gradients there, on another piece of it. ``grid`` is the activations' (default: 4
+    bits, clip 0.9), ``w_bits`` and ``groupsize`` are the weights'.
+
+    Raises FloatingPointError if the model's logits or the loss are not finite.
+    """
+    R1, gains = gathered_start(model, steps.seed)
+    grids = dict.fromkeys(norms_of(model), grid or Grid(4, 0.9))
+    transforms = transforms_of(model, R1, norm_scale=gains, grids=grids)
+    transforms = {name: transforms[name] for name in sites_of(model, *R1_SITES)}
+
+    def loss(ids: Tensor) -> Tensor:
+        seen = inputs_and_gradients(model, ids.to(model.device), steps.seed)
+        with parametrize.cached():
+            return torch.stack([cost(transforms[name], *xh, w_bits, groupsize) for name, xh in seen.items()]).sum()
+
+    with learnable(sites_of(model), transforms, tuple(RATES)) as knobs:
+        minimise_by_steps(knobs, loss, windows, RATES, steps, "output")
+    R1 = polar(next(iter(transforms.values())).rotation.matrix).cpu()
+    return R1, {name: transform.gain.detach().cpu() for name, transform in transforms.items()}
+
+
+def cost(transform: Transform, x: Tensor, h: Tensor, w_bits: int, groupsize: int) -> Tensor:
+    """Nats per token that rounding a site's transformed input and its readers' weights costs; x, h: (tokens, n)."""
+    z, e, grid = transform.apply(x), transform.dual(h), transform.grid
+    width = grid.clip * (z.amax(1) - z.amin(1))
+    activations = (width.square() * e.square().sum(1)).mean() / (12 * (2**grid.bits - 1) ** 2)
+    groups = zip(z.square().mean(0).split(groupsize), e.square().mean(0).split(groupsize), strict=True)
+    weights = WEIGHT_NOISE * 4.0 ** (4 - w_bits) * sum(energy.sum() * felt.mean() for energy, felt in groups)
+    return (activations * (grid.bits < OFF) + weights * (w_bits < OFF)) / 2
+
+
+def gathered_start(model: nn.Module, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """A Hadamard matrix for each BLOCK of channels of like gain; as its scale the geometric mean of the gains there.
+
+    The order is that of the channels' part in the first principal component of log |gamma| over all norms.
+    """
+    norms = norms_of(model)
+    gammas = torch.stack([norm.weight.data.float().cpu().abs() for norm in norms.values()])
+    logs = gammas.clamp(min=FLOOR).log()
+    centred = logs - logs.mean(1, keepdim=True)
+    order = torch.linalg.svd(centred, full_matrices=False).Vh[0].argsort()
+    sizes = [len(block) for block in order.split(BLOCK)]
+    R1 = torch.zeros(len(order), len(order))
+    R1[order] = torch.block_diag(*[random_hadamard(n, seed + i) for i, n in enumerate(sizes)])
+    means = [torch.cat([part.mean().expand(len(part)) for part in log[order].split(BLOCK)]) for log in logs]
+    return R1, {name: mean.exp() for name, mean in zip(norms, means, strict=True)}
+
+
+def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the sites behind norms read, and the loss's gradient there, ``{site: (x, h)}``.
+
+    ``ids``: (sequences, tokens); with ``seed`` they decide which labels are drawn. x and h: (sequences * tokens,
+    hidden), float32. Raises FloatingPointError if the logits are not finite.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str, module, args, output: Tensor) -> None:
+        output.register_hook(partial(keep, name, output.detach()))
+
+    def keep(name: str, x: Tensor, gradient: Tensor) -> None:
+        found[name] = x.flatten(0, -2).float(), gradient.flatten(0, -2).float()
+
+    embed = model.get_submodule(family_of(model).embed)
+    handles = [embed.register_forward_hook(lambda module, args, output: output.requires_grad_())]
+    handles += [norm.register_forward_hook(partial(watch, name)) for name, norm in norms_of(model).items()]
+    try:
+        with low_precision(model.device):
+            logits = model(ids, use_cache=False).logits.flatten(0, 1).float()
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError("NaN or Inf in the model's logits: try --dtype float32")
+        drawn = _labels(logits.detach(), seed + ids.sum().item())  # other ones for every text
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _labels(logits: Tensor, seed: int) -> Tensor:
+    """A label for each row of (tokens, vocabulary), by its distribution; torch.multinomial takes ten times longer."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    upto = logits.softmax(-1).cumsum(-1)
+    drawn = torch.rand(len(upto), 1, generator=generator, device=upto.device) * upto[:, -1:]
+    return torch.searchsorted(upto, drawn)[:, 0]

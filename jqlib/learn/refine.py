@@ -1,0 +1,139 @@
+"""End-to-end refinement: what rotates, scales and clips, by the loss that counts, KL to the FP model's predictions.
+
+A few hundred small steps from where the solvers end, through straight-through rounding of the activations (SpinQuant,
+eq. 2, with the norms' scales of OSTQuant and learned clips). Weights stay as they are: whoever rounds them (GPTQ)
+wants rotations trained for activations alone. The model stays in its own basis too: a site's input x is transformed,
+rounded and turned back (`Transform.simulate`), with no merging of weights at any step.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from jqlib.learn.steps import Steps, divergence, low_precision, minimise_by_steps, predictions
+from jqlib.model.families import Place, sites_of
+from jqlib.transform.build import install
+from jqlib.transform.grids import OFF
+from jqlib.transform.orthogonal import turned
+from jqlib.transform.transform import Rotation, Transform
+
+RATES = {"R1": 4e-4, "R2": 8e-4, "scale": 1e-2, "smooth": 1e-2, "clip": 2e-3}  # of Adam; "scale": gains behind R1
+
+
+def refine(
+    model: nn.Module, windows: Tensor, transforms: dict[str, Transform], *, learn: tuple[str, ...] = tuple(RATES),
+    steps: Steps = Steps(),
+) -> None:  # fmt: skip
+    """Refine the transforms of all sites in place. They may be any that `build` takes, each with its grid.
+
+    ``model``: as loaded; nothing of it changes. ``windows``: (windows, seqlen) of calibration text. ``learn``: which
+    kinds move, of "R1", "R2", "scale" (gains of the norms behind R1), "smooth" (scales of the other sites), "clip".
+
+    Raises ValueError for grids of 16 bits or an unknown kind, FloatingPointError if the loss is not finite.
+    """
+    if wrong := [t.grid.bits for t in transforms.values() if t.grid.bits == OFF]:
+        raise ValueError(f"a_bits={wrong[0]}: refine learns by the rounding of activations, to 2..15 bits")
+    if not learn or not {*learn} <= {*RATES}:
+        raise ValueError(f"learn={learn!r}: expected some of {', '.join(RATES)}")
+    with simulated(model, transforms) as loss, learnable(sites_of(model), transforms, learn) as knobs:
+        minimise_by_steps(knobs, loss, windows, RATES, steps, "refining")
+
+
+class Simulated(nn.Module):
+    """Stands at a site while its transform is simulated; ``on``: off, the model is the FP model."""
+
+    def __init__(self, transform: Transform):
+        super().__init__()
+        self.transform, self.on = transform, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transform.simulate(x) if self.on else x
+
+
+@contextmanager
+def simulated(model: nn.Module, transforms: dict[str, Transform]) -> Iterator:
+    """Within it the model rounds its sites' inputs as the built one will. Gives the loss of token ids, (1, tokens):
+    mean KL (nats per token) from the FP model's predictions."""
+    places = sites_of(model)
+    stand_ins = {name: Simulated(transform) for name, transform in transforms.items()}
+    handles = [install(model, places[name], stand_in) for name, stand_in in stand_ins.items()]
+
+    def switch(on: bool) -> None:
+        for stand_in in stand_ins.values():
+            stand_in.on = on
+
+    def loss(ids: Tensor) -> Tensor:
+        ids = ids.to(model.device)
+        with low_precision(model.device), parametrize.cached():
+            switch(False)
+            target = predictions(model, ids)
+            switch(True)
+            return divergence(model, ids, target)
+
+    try:
+        yield loss
+    finally:
+        for handle, name in zip(handles, transforms, strict=True):
+            handle.remove()
+            del places[name].host.transform
+        del model.save_pretrained
+
+
+class Turn(nn.Module):
+    """A rotation as a start, turned by the Cayley transform of what is learned."""
+
+    def forward(self, generator: Tensor) -> Tensor:
+        return turned(self.start, generator)
+
+    def right_inverse(self, R: Tensor) -> Tensor:
+        self.register_buffer("start", R.detach().clone())
+        return torch.zeros_like(R)
+
+
+class Exp(nn.Module):
+    """A positive number as the exponential of what is learned."""
+
+    def forward(self, logarithm: Tensor) -> Tensor:
+        return logarithm.exp()
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value.log()
+
+
+@contextmanager
+def learnable(
+    places: dict[str, Place], transforms: dict[str, Transform], kinds: tuple[str, ...]
+) -> Iterator[dict[str, Tensor]]:
+    """Within it the parts of these kinds are functions of what is learned: ``{"<kind> <site>": parameter}``.
+
+    Scales and gains that a transform has not got start at 1.
+    """
+    knobs, forms = {}, []
+    for name, t in transforms.items():
+        dense = isinstance(t.rotation, Rotation) and t.rotation.matrix.ndim == 2
+        behind_r1, source = dense and not t.online, places[name].source
+        width = places[name].width if source is None else source.out_features
+        parts = [("clip", t.grid, "clip", None)]
+        parts.append(("scale", t, "gain", Exp()) if behind_r1 else ("smooth", t, "scale", Exp()))
+        if isinstance(t.rotation, Rotation):
+            parts.append(("R1" if behind_r1 else "R2", t.rotation, "matrix", Turn()))
+        for kind, module, attribute, form in parts:
+            if kind not in kinds or parametrize.is_parametrized(module, attribute):  # all sites share R1
+                continue
+            if getattr(module, attribute) is None:
+                setattr(module, attribute, nn.Parameter(torch.ones(width, device=t.grid.clip.device), False))
+            if form is not None:
+                parametrize.register_parametrization(module, attribute, form)
+                forms.append((module, attribute))
+            knob = getattr(module, attribute) if form is None else module.parametrizations[attribute].original
+            knobs[f"{kind} {name}"] = knob.requires_grad_()
+    try:
+        yield knobs
+    finally:
+        for knob in knobs.values():
+            knob.requires_grad_(False)
+        for module, attribute in forms:
+            parametrize.remove_parametrizations(module, attribute)

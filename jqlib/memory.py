@@ -1,0 +1,30 @@
+"""The most memory that is held while something runs."""
+
+import re
+from pathlib import Path
+
+import torch
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Measures this process's memory, and the GPU's, from when it is made. Another one made meanwhile restarts it.
+
+    Only Linux can forget an earlier peak: elsewhere the process's is not known.
+    """
+
+    def __init__(self):
+        try:
+            RESET.write_text("5")
+            self.known = True
+        except OSError:
+            self.known = False
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def measured(self) -> dict[str, int | None]:
+        """``peak_rss_bytes`` and ``peak_gpu_bytes``; None if it is not known, or there is no GPU."""
+        kilobytes = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text()) if self.known else None
+        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        return {"peak_rss_bytes": int(kilobytes[1]) * 1024 if kilobytes else None, "peak_gpu_bytes": gpu}

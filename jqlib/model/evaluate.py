@@ -1,0 +1,139 @@
+"""Perplexity, and how far a model's predictions are from the FP model's, with intervals."""
+
+import math
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from tqdm import tqdm
+
+from jqlib.choices import Draw, Split
+from jqlib.model.data import Windows, get_evaluation_windows
+from jqlib.model.intervals import Interval, mean_interval
+
+ROWS = 256  # tokens whose logits are turned into probabilities at a time
+
+
+class Perplexity(float):
+    """A perplexity that carries its evidence, each a list with one entry per window.
+
+    ``nll``: mean nats per token. ``articles``: which article each window is from. If the FP model's predictions were
+    at hand: ``kl``, mean KL (nats per token) from them, and ``top1``, the share of tokens with the same first choice.
+    ``seconds``: what reading the windows took.
+
+    [low, high] is the 95% interval over articles: how much the number would move on other text of the same kind; NaN
+    if one article gives none. Two settings on the same windows differ far less: compare them with `paired_interval`.
+    """
+
+    nll: list[float]
+    articles: list[int]
+    kl: list[float] | None
+    top1: list[float] | None
+    low: float
+    high: float
+    seconds: float
+
+    def __new__(cls, nll, articles=None, kl=None, top1=None, seconds: float = 0.0):
+        found = mean_interval(nll, articles)
+        self = super().__new__(cls, _exp(found.value))
+        self.nll, self.kl, self.top1, self.seconds = nll, kl, top1, seconds
+        self.articles = list(range(len(nll))) if articles is None else articles
+        self.low, self.high = _exp(found.low), _exp(found.high)
+        return self
+
+    def __getnewargs__(self):
+        return self.nll, self.articles, self.kl, self.top1, self.seconds
+
+    def __repr__(self) -> str:
+        known = f"{self.low:.2f}, {self.high:.2f}" if self.low == self.low else "no interval from one article"
+        return f"{float(self):.2f} [{known}]"
+
+    def row(self) -> dict:
+        """Its numbers by plain names, for results; an end of an interval that is not known is None."""
+        found = {"ppl": Interval(self, self.low, self.high)}
+        known = {name: getattr(self, name) for name in ("kl", "top1") if getattr(self, name)}
+        found |= {name: mean_interval(values, self.articles) for name, values in known.items()}
+        row = {}
+        for name, (value, *ends) in found.items():
+            low, high = (None if math.isnan(end) else end for end in ends)
+            row |= {name: float(value), f"{name}_low": low, f"{name}_high": high}
+        by_window = {"nll": self.nll, "kl_by_window": self.kl, "top1_by_window": self.top1, "articles": self.articles}
+        return row | by_window
+
+
+class Reference(NamedTuple):
+    """What the FP model predicts, kept small: logits are made again, a few rows at a time."""
+
+    hidden: Tensor  # (windows, seqlen, hidden): its last hidden states, behind the final norm
+    head: Tensor  # (vocabulary, hidden): the weight of its head
+
+
+def evaluate_perplexity(
+    model: nn.Module,
+    tokenizer,
+    device: str | torch.device | None = None,
+    *,
+    dataset: str | None = None,
+    seqlen: int = 2048,
+    max_windows: int | None = None,
+    split: Split = "test",
+    windows: Draw = "spread",
+) -> Perplexity:
+    """Perplexity of the test split: exp of the mean NLL over all predicted tokens.
+
+    The usual protocol: text is tokenised without BOS and cut into windows of ``seqlen`` tokens that do not overlap,
+    each predicted on its own: all of them (``max_windows=None``), or so many from all over the text, or with
+    ``windows="first"`` the first. ``dataset`` as in `get_calibration_data`, the rest as in `get_evaluation_windows`.
+    """
+    text = get_evaluation_windows(tokenizer, dataset, seqlen, max_windows, split=split, windows=windows)
+    return evaluate_windows(model, text, device)
+
+
+def evaluate_windows(
+    model: nn.Module, windows: Windows, device: str | torch.device | None = None, reference: Reference | None = None
+) -> Perplexity:
+    """`evaluate_perplexity` on windows at hand; with the FP model's ``reference`` on them, KL and agreement too."""
+    device = device or model.device
+    read = []
+    start = time.perf_counter()
+    for i, window in enumerate(tqdm(windows.ids, "perplexity", unit="window")):
+        target = reference and Reference(reference.hidden[i].to(device), reference.head.to(device))
+        read.append(read_window(model, window.to(device), target))
+    seconds = time.perf_counter() - start
+    nll, kl, top1 = (list(values) for values in zip(*read, strict=True))
+    return Perplexity(nll, windows.articles, *((kl, top1) if reference else (None, None)), seconds=seconds)
+
+
+@torch.inference_mode()
+def last_hidden(model: nn.Module, windows: Tensor) -> Tensor:
+    """What the head reads, (windows, seqlen, hidden), on the CPU."""
+    device = model.device
+    read = tqdm(windows, "FP's predictions", unit="window")
+    return torch.stack([model.base_model(w[None].to(device), use_cache=False).last_hidden_state[0].cpu() for w in read])
+
+
+@torch.inference_mode()
+def read_window(model: nn.Module, window: Tensor, reference: Reference | None = None) -> tuple[float, float, float]:
+    """Of one window, (seqlen,): mean NLL (nats) of the tokens after its first, mean KL (nats per token) from the
+    reference's predictions, and the share of tokens with its first choice; the last two NaN without one.
+
+    ``reference.hidden``: (seqlen, hidden), of this window.
+    """
+    logits = model(window[None], use_cache=False).logits[0, :-1]  # (seqlen − 1, vocabulary)
+    sums = torch.zeros(3, dtype=torch.double)
+    for at in range(0, len(logits), ROWS):
+        found, labels = logits[at : at + ROWS].float().log_softmax(-1), window[1:][at : at + ROWS]
+        sums[0] -= found.gather(-1, labels[:, None]).double().sum().cpu()
+        if reference:
+            expected = linear(reference.hidden[:-1][at : at + ROWS], reference.head).float().log_softmax(-1)
+            sums[1] += (expected.exp() * (expected - found)).sum(-1).double().sum().cpu()
+            sums[2] += (expected.argmax(-1) == found.argmax(-1)).sum().cpu()
+    nll, kl, top1 = (sums / len(logits)).tolist()
+    return (nll, kl, top1) if reference else (nll, math.nan, math.nan)
+
+
+def _exp(nll: float) -> float:
+    """Infinite where exp overflows."""
+    return torch.tensor(nll, dtype=torch.double).exp().item()

@@ -1,0 +1,122 @@
+"""The one table that knows the names of a family's modules, and the sites of a model.
+
+Nothing else in jqlib says ``q_proj``. A *site* is the input of one group of linears: ``qkv`` and ``ug`` read the
+residual stream behind a norm, ``o`` and ``down`` read inside a block and write back to the stream.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """One group of linears that share an input. Names are relative to the decoder layer."""
+
+    kind: str
+    readers: tuple[str, ...]
+    norm: str | None = None  # the norm whose output they read
+    source: str | None = None  # else: the linear whose output channels become the input's
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of architectures keeps its modules (dotted names from the model's root)."""
+
+    sites: tuple[Site, ...]
+    writers: tuple[str, ...]  # linears whose output is added to the residual stream
+    attention: str = "self_attn"  # relative to the layer
+    embed: str = "model.embed_tokens"
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+
+
+LLAMA = Family(
+    sites=(
+        Site("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
+        Site("o", ("self_attn.o_proj",), source="self_attn.v_proj"),
+        Site("ug", ("mlp.up_proj", "mlp.gate_proj"), norm="post_attention_layernorm"),
+        Site("down", ("mlp.down_proj",), source="mlp.up_proj"),
+    ),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
+)
+FAMILIES = {"llama": LLAMA}  # transformers' model_type -> Family
+R1_SITES = ("qkv", "ug")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site of one layer of one model. Its name is its first reader's: ``model.layers.0.self_attn.q_proj``."""
+
+    name: str
+    kind: str
+    layer: int
+    linears: dict[str, nn.Linear]  # the readers, by full name
+    norm: nn.Module | None
+    source: nn.Linear | None
+
+    @property
+    def host(self) -> nn.Module:
+        """The module where the site's input is made or first read: it carries the site's Transform."""
+        return self.norm if self.norm is not None else self.linears[self.name]
+
+    @property
+    def width(self) -> int:
+        return self.linears[self.name].in_features
+
+
+def family_of(model: nn.Module) -> Family:
+    return FAMILIES[model.config.model_type]
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``(name, decoder layer)``, first to last."""
+    name = family_of(model).layers
+    for i, layer in enumerate(model.get_submodule(name)):
+        yield f"{name}.{i}", layer
+
+
+def attentions_of(model: nn.Module) -> list[nn.Module]:
+    """The attention module of every layer."""
+    return [layer.get_submodule(family_of(model).attention) for _, layer in layers_of(model)]
+
+
+def sites_of(model: nn.Module, *kinds: str) -> dict[str, Place]:
+    """The sites of these kinds (default: all) by name, in the model's order. ValueError for an unknown kind."""
+    sites = {site.kind: site for site in family_of(model).sites}
+    if unknown := [kind for kind in kinds if kind not in sites]:
+        raise ValueError(f"site {unknown[0]!r} is unknown; there are {', '.join(sites)}")
+    places = {}
+    for i, (name, layer) in enumerate(layers_of(model)):
+        for site in sites.values():
+            if not kinds or site.kind in kinds:
+                linears = {f"{name}.{reader}": layer.get_submodule(reader) for reader in site.readers}
+                norm, source = (at and layer.get_submodule(at) for at in (site.norm, site.source))
+                first = next(iter(linears))
+                places[first] = Place(first, site.kind, i, linears, norm, source)
+    return places
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The norm before each site that has one, by the site's name."""
+    return {name: place.norm for name, place in sites_of(model).items() if place.norm is not None}
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """All linears of the decoder layers that read a site, by name: those that are quantised."""
+    return {name: linear for place in sites_of(model).values() for name, linear in place.linears.items()}
+
+
+def site_targets(model: nn.Module, *kinds: str) -> list[str]:
+    """The module that stands for each site, its first reader: ``model.layers.0.self_attn.q_proj``.
+
+    ``site_targets(model, "qkv", "ug")`` are R1's targets, ``site_targets(model, "o")`` are R2's.
+    """
+    return list(sites_of(model, *kinds))
+
+
+def head_dim_of(model: nn.Module) -> int:
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

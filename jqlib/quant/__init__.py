@@ -1,0 +1,1 @@
+"""Rounding a model: GPTQ, the KV cache, all of it in place."""

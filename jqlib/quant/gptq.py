@@ -1,0 +1,149 @@
+"""GPTQ (Frantar et al. 2022): round a weight's columns one by one, and let the later ones make up for the error.
+
+A linear's output error on calibration inputs X is tr(ΔW H ΔWᵀ) with H = XᵀX. Columns are taken in the order
+of falling H_jj; groups keep their place and their scale is chosen beforehand (static groups). Layer by layer: each
+layer's inputs come from the layers before it, quantised already. One layer's Hessians are in memory at a time, beside
+the hidden states of all calibration windows. Weights may answer for the rounding of inputs too (`corrected`).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from jqlib.model.families import Place, sites_of
+from jqlib.model.walk import Step, walk
+from jqlib.quant.packed import set_weight
+from jqlib.transform.grids import quantize_weight, round_symmetric, spread, weight_scales
+
+log = logging.getLogger(__name__)
+
+DAMPING = 0.01  # of H's mean diagonal, added to it
+PRIOR = 30  # tokens of average energy that say, in every direction, that a weight is right as it is
+BLOCK = 32  # columns whose error is passed on together
+
+
+def quantize_weights_gptq(
+    model: nn.Module,
+    calib_data: Tensor,
+    bits: int = 4,
+    groupsize: int = 128,
+    *,
+    before: Callable[[Place], object] | None = None,
+    correct: bool = False,
+) -> None:
+    """Round the weights of all decoder layers in place, on the inputs they see as the model stands.
+
+    ``calib_data``: token windows, (windows, seqlen). A rotated model is calibrated rotated, R4 included.
+    ``before``: called with each site of a layer when its turn comes, such as to have its input rounded from then on.
+    ``correct``: weights aim at the outputs of the model without any rounding (`corrected`), site after site: a site's
+    inputs come through all sites before it, those of its own layer too, as they ended.
+    """
+    places = list(sites_of(model).values())
+    exact = walk(deepcopy(model), calib_data, "exact") if correct else None  # the model without any rounding
+    for i, step in enumerate(walk(model, calib_data, "GPTQ")):
+        plain = next(exact) if exact is not None else None
+        here = [place for place in places if place.layer == i]
+        for place in here if before else ():
+            before(place)
+        for group in [[place] for place in here] if correct else [here]:
+            hessians, errors = _statistics(step, plain, group)
+            for place in group:
+                weight = torch.cat([linear.weight.data for linear in place.linears.values()])  # they share their input
+                if correct:
+                    weight = corrected(weight, hessians[place.name], errors[place.name], calib_data.numel())
+                rounded, scales = gptq(weight, hessians[place.name], bits, groupsize, name=place.name)
+                sizes = [linear.out_features for linear in place.linears.values()]
+                parts = zip(place.linears.values(), rounded.split(sizes), scales.split(sizes), strict=True)
+                for linear, rows, scale in parts:
+                    set_weight(linear, rows, scale, bits, groupsize)
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, bits: int = 4, groupsize: int = 128, *, name: str = "a weight"
+) -> tuple[Tensor, Tensor]:
+    """The dequantised weight (out, in) and its scales (out, groups); ``hessian``: (in, in), XᵀX of its inputs.
+
+    Scales are those of least squared error weighted by H's diagonal. A row that ends with a larger
+    tr(ΔW H ΔWᵀ) than rounding to nearest would have is rounded to nearest. ``name`` is for messages.
+    """
+    weight, hessian = weight.float(), hessian.float()
+    scales = weight_scales(weight, bits, groupsize, hessian.diagonal())
+    order = hessian.diagonal().argsort(descending=True)
+    inverse = _inverse_cholesky(hessian[order][:, order], name)
+    columns, grid = (x[:, order].T.contiguous() for x in (weight, spread(scales, groupsize, weight)))
+    rounded = torch.empty_like(weight)
+    rounded[:, order] = _columns(columns, grid, inverse, bits).T
+    nearest = quantize_weight(weight, bits, groupsize)
+    # a difference of two squares needs one product with H
+    worse = ((((rounded - nearest) @ hessian) * (rounded + nearest - 2 * weight)).sum(1) > 0)[:, None]
+    return torch.where(worse, nearest, rounded), torch.where(worse, weight_scales(weight, bits, groupsize), scales)
+
+
+def corrected(weight: Tensor, hessian: Tensor, error: Tensor, tokens: int) -> Tensor:
+    """The weight that makes of rounded inputs X̂ what ``weight`` (out, in) makes of exact ones X, by least squares.
+
+    ``hessian``: X̂ᵀX̂, ``error``: (X − X̂)ᵀX̂, both (in, in), over so many ``tokens``. ‖XWᵀ − X̂Qᵀ‖² is least where
+    ‖X̂(W* − Q)ᵀ‖² is, W* = W + W (X − X̂)ᵀX̂ (X̂ᵀX̂)⁻¹: with GPTQ on W* we solve the problem of GPTAQ (Li et al. 2025)
+    and Qronos (Zhang et al. 2025). A ridge of PRIOR tokens of average energy keeps it from learning noise.
+    """
+    H = hessian.double()
+    ridge = (PRIOR / tokens * H.trace()).clamp(min=1e-30)
+    H = H + ridge * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return weight + torch.linalg.solve(H, (weight.double() @ error.double()).mT).mT.to(weight.dtype)
+
+
+def _columns(weight: Tensor, scale: Tensor, inverse: Tensor, bits: int) -> Tensor:
+    """The loop over columns, here rows of (in, out); ``inverse``: upper U with H⁻¹ = UᵀU."""
+    rounded = torch.empty_like(weight)
+    for start in range(0, len(weight), BLOCK):
+        end = min(start + BLOCK, len(weight))
+        errors = torch.empty_like(weight[start:end])
+        for i in range(start, end):
+            rounded[i] = round_symmetric(weight[i], scale[i], bits)
+            errors[i - start] = (weight[i] - rounded[i]) / inverse[i, i]
+            weight[i + 1 : end].addr_(inverse[i, i + 1 : end], errors[i - start], alpha=-1)
+        weight[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
+    return rounded
+
+
+def _inverse_cholesky(hessian: Tensor, name: str) -> Tensor:
+    """Upper U with (H + damping)⁻¹ = UᵀU; the damping grows until it exists. Inputs never seen count as unrelated.
+
+    With the order of rows and columns reversed, H = LLᵀ is a product UUᵀ of upper factors: its inverse is U's.
+    """
+    H = hessian.flip(0, 1).double()
+    mean = H.diagonal().mean().clamp(min=1e-30)
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        damped = H.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float().contiguous()
+        log.warning("%s: damping %g is too small for its Hessian, trying more", name, damping)
+    raise FloatingPointError(f"{name}: its Hessian has no Cholesky factor even with damping {damping:g}: are the "
+                             "calibration activations finite?")  # fmt: skip
+
+
+def _statistics(step: Step, plain: Step | None, group: Sequence[Place]) -> tuple[dict, dict]:
+    """Of each site's input X̂ over all windows, as the layer stands: X̂ᵀX̂ and (X − X̂)ᵀX̂, by site.
+
+    X is what the layer without any rounding makes of exact hidden states, ``plain``; without it there is no second.
+    """
+    names = {place.name.removeprefix(f"{step.name}."): place.name for place in group}
+    hessians: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
+    for i, x in enumerate(step.hidden):
+        exact = plain.inputs(plain.hidden[i], names) if plain else {}
+        for name, found in step.inputs(x, names).items():
+            _add_product(hessians, name, found, found)
+            if plain:
+                _add_product(errors, name, exact[name] - found, found)
+    return hessians, errors
+
+
+def _add_product(sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
+    sums[name] = sums[name].addmm_(a.T, b) if name in sums else a.T @ b

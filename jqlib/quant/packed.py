@@ -1,0 +1,66 @@
+"""What a rounded weight is stored as: integer codes, two to a byte at 4 bits and below, and float16 scales."""
+
+import torch
+from torch import Tensor, nn
+
+from jqlib.model.families import linears_of
+from jqlib.transform.grids import spread
+
+
+class WeightGrid(nn.Module):
+    """The grid that a linear's weight lies on; it stands in the linear. ``scale``: (out, groups), float16."""
+
+    def __init__(self, scale: Tensor, bits: int, groupsize: int):
+        super().__init__()
+        self.bits, self.groupsize = bits, groupsize
+        self.register_buffer("scale", scale.half(), persistent=False)  # a Hugging Face checkpoint has no place for it
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, groupsize={self.groupsize}"
+
+
+def set_weight(linear: nn.Linear, rounded: Tensor, scale: Tensor, bits: int, groupsize: int) -> None:
+    """Give a linear a rounded weight (out, in) and the grid it lies on."""
+    linear.weight.data = rounded.to(linear.weight.dtype)
+    linear.grid = WeightGrid(scale, bits, groupsize).to(linear.weight.device)
+
+
+def codes_of(linear: nn.Linear) -> Tensor:
+    """The integer codes of a rounded weight, (out, in), float32."""
+    weight = linear.weight.data.float()
+    return (weight / spread(linear.grid.scale.float(), linear.grid.groupsize, weight)).round_()
+
+
+def pack_weights(model: nn.Module) -> dict[str, Tensor]:
+    """``<linear>|codes`` and ``<linear>|scale`` of all rounded linears."""
+    tensors = {}
+    for name, linear in linears_of(model).items():
+        if hasattr(linear, "grid"):
+            tensors[f"{name}|codes"] = pack(codes_of(linear), linear.grid.bits).cpu()
+            tensors[f"{name}|scale"] = linear.grid.scale.cpu()
+    return tensors
+
+
+def unpack_weights(model: nn.Module, tensors: dict[str, Tensor], bits: int, groupsize: int) -> None:
+    """Give a model the weights of `pack_weights`."""
+    for name, linear in linears_of(model).items():
+        if (packed := tensors.get(f"{name}|codes")) is not None:
+            scale = tensors[f"{name}|scale"].to(linear.weight.device)
+            codes = unpack(packed.to(linear.weight.device), bits, linear.in_features)
+            set_weight(linear, codes * spread(scale.float(), groupsize, codes), scale, bits, groupsize)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(out, in) whole numbers in [−2^(b−1), 2^(b−1) − 1]: uint8 pairs at 4 bits and below, else int8 or int16."""
+    if bits > 4:
+        return codes.to(torch.int8 if bits <= 8 else torch.int16)
+    nibbles = (codes + 8).to(torch.uint8)
+    nibbles = torch.nn.functional.pad(nibbles, (0, nibbles.shape[1] % 2))
+    return nibbles[:, ::2] | nibbles[:, 1::2] << 4
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """What `pack` was given, float32."""
+    if bits > 4:
+        return packed.float()
+    return torch.stack([packed & 15, packed >> 4], -1).flatten(1)[:, :columns].float() - 8

@@ -1,0 +1,73 @@
+"""What each method does to a model. Each is a `Recipe`; a new one is a line here, or `dataclasses.replace` of one."""
+
+from dataclasses import dataclass, replace
+
+from jqlib.choices import GptqInputs, Measure, Objective, Weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method: how the transform of every site is made, and how weights are rounded. Sites are named by kind.
+
+    Raises ValueError for a recipe that would refine what it has not got.
+    """
+
+    label: str
+    r1: str | None = None  # None, "hadamard", a solver, or "output": with the norms' scales
+    r2: str | None = None  # None, "hadamard" or a solver
+    online: tuple[str, ...] = ()  # sites with a Hadamard transform that runs online
+    smooth: tuple[str, ...] = ()  # sites whose channels are scaled
+    a_clip: float = 1.0
+    o_per_head: bool = False  # one grid per head at o
+    objective: Objective | None = None  # None: the run's
+    weights: Weights | None = None  # None: the run's
+    measure: Measure = "max"  # what smoothing goes by
+    gptq_inputs: GptqInputs = "fp"
+    refine: tuple[str, ...] = ()  # what is learned end to end before the weights are rounded
+    tune: bool = False  # end to end, after
+
+    def __post_init__(self):
+        kinds = {"R2", "smooth", "clip"} | ({"R1", "scale"} if self.r1 else set())
+        if not {*self.refine} <= kinds or (self.refine and self.r1 and {"qkv", "ug"} & {*self.smooth}):
+            raise ValueError(
+                f"recipe {self.label!r}: refine={self.refine}, smooth={self.smooth}: with R1 {self.r1} there are "
+                f"{', '.join(sorted(kinds))} to refine, and behind R1 qkv and ug have a scale of the norm, no smoothing"
+            )
+
+
+R4, EVERYWHERE = ("down",), ("qkv", "o", "ug", "down")
+QUAROT = Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", R4, a_clip=0.9)
+QUAROT_BEST = replace(QUAROT, label="QuaRot, best", o_per_head=True, weights="gptq")
+DARTQUANT = Recipe(
+    "DartQuant (R2 as published: never steps)", "sgd", "hadamard", R4, a_clip=0.9, o_per_head=True, objective="whip"
+)
+JOINTQUANT = Recipe("JointQuant", "mm", "mm", R4, smooth=("o", "down"), a_clip=0.9, o_per_head=True)
+BEST = replace(
+    JOINTQUANT, label="JointQuant, best", r1="output", objective="range", weights="gptq", measure="l2",
+    gptq_inputs="quantised", refine=("R1", "R2", "scale", "smooth", "clip"), tune=True,
+)  # fmt: skip
+RECIPES = {
+    "rtn": Recipe("RTN"),
+    "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
+    "quarot": QUAROT,
+    "quarot-best": QUAROT_BEST,
+    "quarot-tuned": replace(QUAROT_BEST, label="QuaRot, best, tuned", tune=True),
+    "hadamard-online": Recipe("Hadamard online everywhere", online=EVERYWHERE, a_clip=0.9),
+    "dartquant": DARTQUANT,
+    "dartquant-r2": replace(DARTQUANT, label="DartQuant (R2 as meant)", r2="sgd"),
+    "spinquant-like": replace(QUAROT_BEST, label="SpinQuant-like: R1, R2 by KL", refine=("R1", "R2")),
+    "ostquant-like": replace(
+        QUAROT_BEST, label="OSTQuant-like: R1, R2, scales by KL", refine=("R1", "R2", "scale", "smooth")
+    ),
+    "control": replace(
+        BEST, label="Control: Hadamard, all else as best", r1="hadamard", r2="hadamard",
+        refine=("scale", "smooth", "clip"),
+    ),
+    "jointquant": JOINTQUANT,
+    "jointquant-best": BEST,
+    "jointquant-online": replace(
+        BEST, label="JointQuant, online", r1=None, online=("qkv", "ug", "down"), smooth=EVERYWHERE,
+        refine=("R2", "smooth", "clip"),
+    ),
+}  # fmt: skip
+SMOOTHED_BY_CHOICE = ("jointquant", "jointquant-best", "jointquant-online", "control")  # what `use_smooth` switches

@@ -1,0 +1,30 @@
+"""The peak of memory is of what ran meanwhile, not of what ran before."""
+
+import re
+
+import pytest
+import torch
+
+from jqlib.memory import STATUS, PeakMemory
+
+MEGABYTES = 200
+
+
+def resident() -> int:
+    return int(re.search(r"VmRSS:\s+(\d+)", STATUS.read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(PeakMemory().measured()["peak_rss_bytes"] is None, reason="only Linux can forget an earlier peak")
+def test_a_peak_is_seen_and_the_next_one_does_not_inherit_it():
+    before, first = resident(), PeakMemory()
+    x = torch.ones(MEGABYTES * 10**6 // 4)
+    del x
+    peak = first.measured()["peak_rss_bytes"]
+    assert peak >= before + 0.95 * MEGABYTES * 10**6
+    later = PeakMemory().measured()["peak_rss_bytes"]
+    assert later <= peak - 0.9 * MEGABYTES * 10**6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_peak_is_not_known():
+    assert PeakMemory().measured()["peak_gpu_bytes"] is None
