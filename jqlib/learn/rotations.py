@@ -15,6 +15,7 @@ from jqlib.learn.objectives import OBJECTIVES, over_ranks
 from jqlib.learn.solver import Minibatches, minimise
 from jqlib.transform.hadamard import random_hadamard
 from jqlib.transform.orthogonal import polar
+from jqlib.transform.transform import Transform
 
 log = logging.getLogger(__name__)
 
@@ -96,9 +97,8 @@ def train_r2_independent(
     heads = []
     for name, x in r2_acts.items():
         _check(f"the activations of {name}", x, x.shape[-1] // num_heads * num_heads)
-        x = x.float().view(len(x), num_kv_heads, num_heads // num_kv_heads, -1)  # (tokens, kv, group, d)
-        if smooth_scale and name in smooth_scale:
-            x = x / smooth_scale[name].view(num_kv_heads, 1, -1)
+        x = Transform((smooth_scale or {}).get(name), heads=num_kv_heads).apply(x.float())
+        x = x.view(len(x), num_kv_heads, num_heads // num_kv_heads, -1)  # (tokens, kv, group, d)
         heads.append(x.permute(1, 0, 2, 3).flatten(1, 2))  # (kv, tokens · group, d)
     if not heads:
         raise ValueError("R2 needs the inputs of the o_proj; got no activations")

@@ -35,8 +35,11 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     tensors = {f"weight {k}": p for k, p in weights.items()} | {f"transform {k}": t for k, t in transforms.items()}
     tensors |= {f"rounded {k}": t for k, t in pack_weights(model).items()}
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    save_file({k: t.detach().cpu().clone() for k, t in tensors.items()}, temporary, {"jointquant": json.dumps(about)})
-    os.replace(temporary, path)
+    try:
+        save_file({k: t.cpu().clone() for k, t in tensors.items()}, temporary, {"jointquant": json.dumps(about)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
