@@ -51,21 +51,28 @@ def _of_kinds(made: Made, kinds: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def r1_step(config: Config, solver: str, restart: int = 0) -> Artifact:
-    training, by_rate = solver != "hadamard", solver in BY_RATE
-
     def make(s, acts: Made) -> Made:
-        samples = _of_kinds(acts, R1_SITES)
-        hidden, history = next(iter(samples.values())).shape[-1], []
-        R = train_r1_joint(
-            samples, hidden, len(samples) // len(R1_SITES), s.device, s.r1_lr if by_rate else 0.0,
-            s.r1_epochs if by_rate else 1, s.init_mode if training else "hadamard",
-            solver=solver if training else "mm", objective=s.objective, max_steps=None if training else 0,
-            seed=s.seed + restart, history=history,
-        )  # fmt: skip
+        samples, history = _of_kinds(acts, R1_SITES), []
+        hidden, layers = next(iter(samples.values())).shape[-1], len(samples) // len(R1_SITES)
+        how = _training(s, solver) | {"seed": s.seed + restart}
+        R = train_r1_joint(samples, hidden, layers, s.device, **how, history=history)
         return {"R1": R}, {"history": history}
 
-    names = ("device", "seed", "objective") + ("init_mode",) * training + ("r1_lr", "r1_epochs") * by_rate
+    names = ("device", *_settings("r1", solver))
     return artifact_of(r1_step, config, names, make, activations_step(config), solver=solver, restart=restart)
+
+
+def _settings(rotation: str, solver: str) -> tuple[str, ...]:
+    """The settings that a solver goes by: ``"hadamard"`` trains nothing, some have no learning rate."""
+    rates = (f"{rotation}_lr", f"{rotation}_epochs") if solver in BY_RATE else ()
+    return ("seed", "objective", *(("init_mode",) if solver != "hadamard" else ()), *rates)
+
+
+def _training(s, solver: str) -> dict:
+    """The same as keywords of `train_r1_joint` and `train_r2_independent`."""
+    trained = ("seed", "objective", "init_mode", "r1_lr", "r1_epochs", "r2_lr", "r2_epochs")
+    how = {name.removeprefix("r1_").removeprefix("r2_"): value for name, value in vars(s).items() if name in trained}
+    return how | ({"max_steps": 0} if solver == "hadamard" else {"solver": solver})
 
 
 def r1(config: Config, solver: str, restart: int = 0) -> tuple[Tensor, dict]:
@@ -91,21 +98,16 @@ def r1_output_step(config: Config, a_clip: float) -> Artifact:
 
 
 def r2_step(config: Config, solver: str, smoothing: Artifact | None = None) -> Artifact:
-    training, by_rate = solver != "hadamard", solver in BY_RATE
-
     def make(s, acts: Made, scales: Made | None = None) -> Made:
         shape, history = load_config(s.model), []
-        R = train_r2_independent(
-            _of_kinds(acts, ("o",)), shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads,
-            s.device, s.r2_lr if by_rate else 0.0, s.r2_epochs if by_rate else 1,
-            s.init_mode if training else "hadamard", smooth_scale=scales and scales[0],
-            solver=solver if training else "mm", objective=s.objective, max_steps=None if training else 0,
-            seed=s.seed, history=history,
-        )  # fmt: skip
+        heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+        how = _training(s, solver) | {"smooth_scale": scales and scales[0]}
+        inputs = _of_kinds(acts, ("o",))
+        R = train_r2_independent(inputs, shape.hidden_size, heads, kv_heads, s.device, **how, history=history)
         return R, {"history": history}
 
-    names = ("model", "device", "seed", "objective") + ("init_mode",) * training + ("r2_lr", "r2_epochs") * by_rate
     inputs = (activations_step(config), *([smoothing] if smoothing else []))
+    names = ("model", "device", *_settings("r2", solver))
     return artifact_of(r2_step, config, names, make, *inputs, solver=solver)
 
 

@@ -150,11 +150,13 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) ->
     Weights are rounded as the recipe says, else as the run does (``config.weights``), the KV cache as the run says.
     """
     values = evaluation_step(config, recipe, w_bits, a_bits).get()[1]
-    seconds = sum(s for step, s in values["seconds_of"].items() if not step.startswith(("evaluation", "fp_hidden")))
+    calibration = [cost for step, cost in values["took"].items() if not step.startswith("fp_hidden")]
     weights = (recipe.weights or config.weights) if recipe and w_bits < OFF else "none"
     row = {"weights": weights, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": config.kv_bits if recipe else OFF}
-    row |= {name: value for name, value in values.items() if name not in ("reused", "seconds_of")}
-    return row | {"calibration_seconds": seconds}
+    row |= {name: value for name, value in values.items() if name not in ("reused", "took")}
+    peaks = [cost["peak_rss_bytes"] or 0 for cost in calibration]
+    seconds = sum(cost["seconds"] for cost in calibration)
+    return row | {"calibration_seconds": seconds, "calibration_peak_rss_bytes": max(peaks, default=0)}
 
 
 def fp_hidden_step(config: Config) -> Artifact:

@@ -61,8 +61,8 @@ class Artifact:
     def get(self) -> Made:
         """Its tensors and values, made if they are not there yet.
 
-        Values get ``seconds``, how long making took, ``seconds_of``, the same for it and each artifact that it is made
-        from, ``peak_rss_bytes`` and ``peak_gpu_bytes``, the most memory meanwhile, and ``reused``.
+        Values get what making took: ``seconds``, ``peak_rss_bytes`` and ``peak_gpu_bytes`` (the most memory meanwhile);
+        ``took``, the same for each artifact that it is made from, by name; and ``reused``.
         """
         if (found := self._reused()) is not None:
             return found
@@ -87,9 +87,14 @@ class Artifact:
             more = {"resume": state and state[0], "keep": lambda tensors: _write(unfinished, self.depends, tensors, {})}
         start, peak = time.perf_counter(), PeakMemory()
         tensors, values = self.make(*inputs, **more)
-        seconds = {self.path.stem: time.perf_counter() - start}
-        chain = {name: value for _, known in inputs for name, value in known["seconds_of"].items()} | seconds
-        values = values | {"seconds": seconds[self.path.stem], "seconds_of": chain} | peak.measured()
+        cost = {"seconds": time.perf_counter() - start} | peak.measured()
+        took = {
+            artifact.path.stem: {name: known[name] for name in cost}
+            for artifact, (_, known) in zip(self.inputs, inputs, strict=True)
+        }
+        for _, known in inputs:
+            took |= known["took"]
+        values = values | cost | {"took": took}
         _write(self.path, self.depends, tensors, values)
         unfinished.unlink(missing_ok=True)
         return tensors, values | {"reused": False}

@@ -333,3 +333,13 @@ def test_a_quantised_model_is_not_changed_any_more(tiny_model, tokens, orthogona
             "smooth": lambda m: rotate_model(m, None, None, scales, r4=False)}[step]  # fmt: skip
     with pytest.raises(RuntimeError, match="quantised already"):
         call(model)
+
+
+def test_a_stream_turned_for_some_of_its_readers_is_refused(tiny_model, orthogonal):
+    model = tiny_model()
+    transforms = transforms_of(model, orthogonal(HIDDEN, 0, torch.float32))
+    transforms[site_targets(model, "ug")[0]].rotation = None
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="read one residual stream: all of them need the same R1, or none has one"):
+        build(model, transforms)
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())

@@ -96,10 +96,10 @@ def evaluate_windows(
 ) -> Perplexity:
     """`evaluate_perplexity` on windows at hand; with the FP model's ``reference`` on them, KL and agreement too."""
     device = device or model.device
-    read = []
+    head, read = reference and reference.head.to(device), []
     start = time.perf_counter()
     for i, window in enumerate(tqdm(windows.ids, "perplexity", unit="window")):
-        target = reference and Reference(reference.hidden[i].to(device), reference.head.to(device))
+        target = reference and Reference(reference.hidden[i].to(device), head)
         read.append(read_window(model, window.to(device), target))
     seconds = time.perf_counter() - start
     nll, kl, top1 = (list(values) for values in zip(*read, strict=True))

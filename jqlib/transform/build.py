@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from jqlib.model.families import Place, family_of, head_dim_of, layers_of, linears_of, norms_of, sites_of
-from jqlib.transform.check import check_choice_of_sites, check_norm_scale, check_rotations, check_smooth_scale
+from jqlib.transform.check import (
+    check_choice_of_sites,
+    check_norm_scale,
+    check_rotations,
+    check_smooth_scale,
+    check_stream,
+)
 from jqlib.transform.transform import Grid, Hadamard, Rotation, Transform
 
 ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
@@ -78,28 +84,25 @@ def transforms_of(
     check_norm_scale(model, R1, norm_scale)
     check_smooth_scale(model, smooth_scale, fused=R1 is not None or "fused" in done(model))
     check_choice_of_sites(model, R1, R2, online)
-    stream, transforms = None if R1 is None else Rotation(R1.to(model.device)), {}
+    stream, transforms = None if R1 is None else Rotation(R1), {}
     for name, place in sites.items():
         behind_r1 = place.norm is not None and R1 is not None
-        rotation = stream if behind_r1 else Rotation(R2[name].to(model.device)) if name in R2 else None
+        rotation = stream if behind_r1 else Rotation(R2[name]) if name in R2 else None
         rotation = Hadamard(place.width) if place.kind in online else rotation
         scale = gamma_of(place.norm) if behind_r1 else smooth_scale.get(name)
-        gain = norm_scale.get(name)
-        heads = place.source.out_features // d if place.source and place.source.out_features < place.width else 1
-        heads = len(R2[name]) if name in R2 else heads
-        parts = (None if v is None else v.to(model.device) for v in (scale, gain))
-        scale, gain = parts
-        transforms[name] = Transform(
-            scale, rotation, gain, grids.get(name), online=place.kind in online, heads=heads
-        ).to(model.device)  # fmt: skip
+        grouped = place.source is not None and place.source.out_features < place.width
+        heads = len(R2[name]) if name in R2 else place.source.out_features // d if grouped else 1
+        gain, grid, runs = norm_scale.get(name), grids.get(name), place.kind in online
+        transforms[name] = Transform(scale, rotation, gain, grid, online=runs, heads=heads).to(model.device)
     return transforms
 
 
 def build(model: nn.Module, transforms: dict[str, Transform]) -> None:
     """Merge the transforms into the weights, once, and leave in the model what has to run: online parts and grids.
 
-    It fuses the norms if a rotation of the stream needs that.
+    It fuses the norms if a rotation of the stream needs that. Raises ValueError if not all sites behind norms share it.
     """
+    check_stream([transforms[name] for name in norms_of(model)])
     _merge(model, transforms, fuse=stream_of(model, transforms) is not None)
     for name, place in sites_of(model).items():
         if (left := transforms[name].split()[1]).runs:

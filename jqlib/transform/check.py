@@ -1,10 +1,13 @@
 """Parts of transforms that don't fit a model are named, with what was expected, before anything is merged."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from jqlib.model.families import head_dim_of, norms_of, site_targets, sites_of
 from jqlib.transform.orthogonal import orthogonality_error
+from jqlib.transform.transform import Transform
 
 
 def check_rotations(model: nn.Module, R1: Tensor | None, R2: dict[str, Tensor]) -> None:
@@ -49,6 +52,15 @@ def check_choice_of_sites(model: nn.Module, R1: Tensor | None, R2: dict[str, Ten
         if name in R2 or (place.norm is not None and R1 is not None):
             merged = "R2" if name in R2 else "R1"
             raise ValueError(f"site {place.kind!r} would have two rotations: {merged} and a Hadamard transform online")
+
+
+def check_stream(behind_norms: Sequence[Transform]) -> None:
+    """The residual stream is turned for all its readers or for none."""
+    merged = {None if transform.online else transform.rotation for transform in behind_norms}
+    if len(merged) > 1:
+        raise ValueError(
+            "the sites behind norms read one residual stream: all of them need the same R1, or none has one"
+        )
 
 
 def _check_positive(what: str, scale: Tensor, channels: int) -> None:
