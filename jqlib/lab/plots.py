@@ -201,7 +201,7 @@ def intervals(table: pd.DataFrame, label: str, groups: str, xlabel: str, line: f
 def fidelity(table: pd.DataFrame, label: str, groups: str) -> Figure:
     """``gap``, ln(PPL/FP), and ``kl``, each with its interval (``gap_low`` …): one row a line, the best at the top."""
     table = table.sort_values("gap")
-    panels = {"gap": "ln(PPL / FP), nats a token (log)", "kl": "KL from FP, nats a token (log)"}
+    panels = {"gap": "ln(PPL / FP), nats per token (log)", "kl": "KL from FP, nats per token (log)"}
     with styled():
         figure, axes = plt.subplots(1, 2, figsize=(10, 1.3 + 0.36 * len(table)), sharey=True)
         for axis, (name, xlabel) in zip(axes, panels.items(), strict=True):
