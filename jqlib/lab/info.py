@@ -43,8 +43,8 @@ def describe(config: Config) -> str:
 
 
 def peak_bytes(config: Config) -> int:
-    """About the most memory a run takes: FP and quantised model and what tuning keeps of its weights for the way back,
-    token samples or Hessians, the logits of a window, and two Pythons."""
+    """About the most memory a run takes: FP and quantised model and what tuning keeps of its weights and of activations
+    (five float32 copies, as measured) for the way back, samples or Hessians, a window's logits, two Pythons."""
     model, dtype = without_weights(config.model), dtype_of(config)
     shape, linears = model.config, linears_of(model)
     untied = shape.vocab_size * shape.hidden_size if shape.tie_word_embeddings else 0
@@ -53,7 +53,8 @@ def peak_bytes(config: Config) -> int:
     samples = 4 * config.max_tokens * sum(site.width for site in sites) + 8 * 4 * shape.hidden_size**2
     hessian = 8 * 4 * max(linear.in_features for linear in linears.values()) ** 2
     logits = 3 * 4 * max(config.eval_seqlen, TOKENS) * shape.vocab_size  # float32: they, their softmax, a copy
-    return weights * dtype.itemsize + max(samples, hessian) + logits + 2 * PYTHON
+    kept = 20 * shape.num_hidden_layers * TOKENS * (6 * shape.hidden_size + 4 * shape.intermediate_size)
+    return weights * dtype.itemsize + max(samples, hessian) + kept + logits + 2 * PYTHON
 
 
 def _numel(linears) -> int:
