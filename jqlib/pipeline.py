@@ -20,7 +20,7 @@ from jqlib.inputs import (
     load_calibration,
     load_model,
     text_for,
-)  # fmt: skip
+)
 from jqlib.learn.activations import Moments, collect_activations
 from jqlib.learn.steps import TOKENS, Steps
 from jqlib.learn.tune import tune
@@ -28,7 +28,7 @@ from jqlib.model.evaluate import Reference, evaluate_windows, last_hidden
 from jqlib.model.families import site_targets
 from jqlib.model.load import get_tokenizer
 from jqlib.quant.kv_cache import quantize_kv_cache
-from jqlib.quant.packed import pack_weights, unpack_weights
+from jqlib.quant.packed import pack_weights, scales_of, unpack_weights
 from jqlib.quant.quantize import round_inputs, round_weights
 from jqlib.recipes import RECIPES, SMOOTHED_BY_CHOICE, Recipe
 from jqlib.store import Artifact, Made
@@ -62,12 +62,12 @@ def transformed(config: Config, recipe: Recipe | None):
     return load_model(config) if recipe is None else _built(config, transforms_step(config, recipe).get())[0]
 
 
-def _built(s, made: Made) -> tuple[nn.Module, dict[str, Grid]]:
-    """The fresh model with these transforms merged, and the grids that they end in."""
+def _built(s, made: Made, a_bits: int = OFF) -> tuple[nn.Module, dict[str, Grid]]:
+    """The fresh model with these transforms merged, and the grids that they end in, at these bits."""
     model, found = load_model(s), unpacked(made[0], made[1]["layouts"])
     grids = {name: transform.grid for name, transform in found.items()}
     for transform in found.values():
-        transform.grid = None
+        transform.grid.bits, transform.grid = a_bits, None
     build(model, {name: transform.to(model.device) for name, transform in found.items()})
     return model, grids
 
@@ -78,10 +78,8 @@ def weights_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Ar
     inputs_as = recipe.gptq_inputs if kind == "gptq" and a_bits < OFF else "fp"
 
     def make(s, found: Made) -> Made:
-        model, grids = _built(s, found)
+        model, grids = _built(s, found, a_bits)
         calib_data = load_calibration(s) if kind == "gptq" else None
-        for grid in grids.values():
-            grid.bits = a_bits
         round_weights(model, w_bits, s.w_groupsize, kind, calib_data, inputs_as, grids)
         return pack_weights(model), {}
 
@@ -92,13 +90,11 @@ def weights_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Ar
 
 def _quantised(s, found: Made, weights: Made | None, tuned: Made | None, w_bits: int, a_bits: int, kv_bits: int):
     """The model of a row of the table."""
-    model, grids = _built(s, found)
+    model, grids = _built(s, found, a_bits)
     if weights:
         codes, moved = weights[0], tuned[0] if tuned else {}
         scales = {name: tensor for name, tensor in moved.items() if name.endswith("|scale")}
         unpack_weights(model, codes | scales, w_bits, s.w_groupsize)
-    for grid in grids.values():
-        grid.bits = a_bits
     round_inputs(model, grids)
     if kv_bits < OFF:
         quantize_kv_cache(model, kv_bits)
@@ -115,8 +111,7 @@ def tuned_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Arti
     def make(s, found: Made, weights: Made, *, resume, keep) -> Made:
         model = _quantised(s, found, weights, None, w_bits, a_bits, kv_bits)
         tune(model, load_model(s), text_for(s, s.refine_steps, TOKENS), Steps(s.refine_steps, s.seed + 1, keep, resume))
-        scales = {name: tensor for name, tensor in pack_weights(model).items() if name.endswith("|scale")}
-        return scales | {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim < 2}, {}
+        return scales_of(model) | {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim < 2}, {}
 
     names = (*MODEL, *TEXT, "w_groupsize", "refine_steps", "kv_bits")
     inputs = transforms_step(config, recipe), weights_step(config, recipe, w_bits, a_bits)

@@ -28,6 +28,8 @@ from jqlib.memory import PeakMemory
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "pandas", "matplotlib", "papermill")
 DECIDING = ("torch", "transformers")  # their versions decide what an artifact holds
 
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what a damaged file may raise
+
 Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
 
 
@@ -119,7 +121,7 @@ def read(path: Path) -> Made | None:
         if about["sha256"] != _digest(tensors, about["values"]):
             raise ValueError("it does not have the SHA-256 that it was written with")
         return tensors, json.loads(about["values"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except UNREADABLE as error:
         print(f"{path.name} is damaged ({error}): making it anew")
         return None
 
@@ -129,7 +131,7 @@ def depends_of(path: Path) -> dict | None:
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["depends"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except UNREADABLE:
         return None
 
 

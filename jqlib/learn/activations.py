@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jqlib.model.families import layers_of, site_targets, sites_of
-from jqlib.model.walk import walk
+from jqlib.model.walk import removing, walk
 
 
 @dataclass
@@ -91,11 +91,8 @@ def collect_activations(
     for step in walk(model, windows, "collecting"):
         here = [name for name in targets if name.startswith(f"{step.name}.")]
         handles = [hosts[name][0].register_forward_pre_hook(_recorder(record, name, hosts[name][1])) for name in here]
-        try:
+        with removing(handles):
             step.forward()
-        finally:
-            for handle in handles:
-                handle.remove()
     return {name: torch.cat(parts) for name, parts in kept.items()}
 
 

@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 from jqlib.learn.refine import learnable
 from jqlib.learn.steps import Steps, low_precision, minimise_by_steps
 from jqlib.model.families import R1_SITES, family_of, norms_of, sites_of
+from jqlib.model.walk import removing
 from jqlib.transform.build import transforms_of
 from jqlib.transform.grids import OFF
 from jqlib.transform.hadamard import random_hadamard
@@ -111,16 +112,13 @@ def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[s
     embed = model.get_submodule(family_of(model).embed)
     handles = [embed.register_forward_hook(lambda module, args, output: output.requires_grad_())]
     handles += [norm.register_forward_hook(partial(watch, name)) for name, norm in norms_of(model).items()]
-    try:
+    with removing(handles):
         with low_precision(model.device):
             logits = model(ids, use_cache=False).logits.flatten(0, 1).float()
         if not torch.isfinite(logits).all():
             raise FloatingPointError("NaN or Inf in the model's logits: try --dtype float32")
         drawn = _labels(logits.detach(), seed + ids.sum().item())  # other ones for every text
         F.cross_entropy(logits, drawn, reduction="sum").backward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from jqlib.learn.steps import Steps, divergence, low_precision, minimise_by_steps, predictions
-from jqlib.model.families import family_of, linears_of, norms_of
-from jqlib.quant.packed import codes_of, set_weight
+from jqlib.model.families import family_of, norms_of
+from jqlib.quant.packed import codes_of, rounded_linears, set_weight
 from jqlib.transform.build import done, standing
 from jqlib.transform.grids import spread
 
@@ -25,7 +25,7 @@ def tune(model: nn.Module, teacher: nn.Module, windows: Tensor, steps: Steps = S
     """
     if "quantised" not in done(model):
         raise RuntimeError("tune needs a model whose weights are rounded: call quantize_model(model) before it")
-    linears = {name: linear for name, linear in linears_of(model).items() if hasattr(linear, "grid")}
+    linears = rounded_linears(model)
     norms = norms_of(model) | {"final": model.get_submodule(family_of(model).final_norm)}
     grids = {name: transform.grid for name, transform in standing(model).items() if transform.rounds}
     knobs = {f"clip {name}": grid.clip.requires_grad_() for name, grid in grids.items()}

@@ -48,7 +48,7 @@ class Step:
             self.layer.get_submodule(module).register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
             for module, name in names.items()
         ]
-        with _removing(handles), suppress(_SeenAllError):
+        with removing(handles), suppress(_SeenAllError):
             _run(self.layer, x, self.arguments)
         return found
 
@@ -90,7 +90,7 @@ def _enter(model: nn.Module, windows: Tensor) -> tuple[list[Tensor], list[dict]]
 
     handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
     handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
-    with _removing(handles):
+    with removing(handles):
         for i, window in enumerate(windows):
             with suppress(_SeenAllError):
                 model.base_model(window[None].to(model.device), use_cache=False)
@@ -101,7 +101,7 @@ def _enter(model: nn.Module, windows: Tensor) -> tuple[list[Tensor], list[dict]]
 
 
 @contextmanager
-def _removing(handles: list) -> Iterator[None]:
+def removing(handles: list) -> Iterator[None]:
     """Forward hooks go, whatever happens."""
     try:
         yield

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jqlib.model.families import Place, sites_of
 from jqlib.model.walk import Step, walk
 from jqlib.quant.packed import set_weight
-from jqlib.transform.grids import quantize_weight, round_symmetric, spread, weight_scales
+from jqlib.transform.grids import round_symmetric, round_to_nearest, spread, weight_scales
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +76,10 @@ def gptq(
     columns, grid = (x[:, order].T.contiguous() for x in (weight, spread(scales, groupsize, weight)))
     rounded = torch.empty_like(weight)
     rounded[:, order] = _columns(columns, grid, inverse, bits).T
-    nearest = quantize_weight(weight, bits, groupsize)
+    nearest, its_scales = round_to_nearest(weight, bits, groupsize)
     # a difference of two squares needs one product with H
     worse = ((((rounded - nearest) @ hessian) * (rounded + nearest - 2 * weight)).sum(1) > 0)[:, None]
-    return torch.where(worse, nearest, rounded), torch.where(worse, weight_scales(weight, bits, groupsize), scales)
+    return torch.where(worse, nearest, rounded), torch.where(worse, its_scales, scales)
 
 
 def corrected(weight: Tensor, hessian: Tensor, error: Tensor, tokens: int) -> Tensor:

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jqlib.model.families import attentions_of, linears_of, sites_of
+from jqlib.model.families import attentions_of, sites_of
 from jqlib.quant.kv_cache import quantize_kv_cache
-from jqlib.quant.packed import pack_weights, unpack_weights
+from jqlib.quant.packed import pack_weights, rounded_linears, unpack_weights
 from jqlib.transform.build import done, install, standing
 from jqlib.transform.grids import OFF
 from jqlib.transform.transform import packed, unpacked
@@ -23,14 +23,14 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 
     4-bit weights take 4 bits and their scales 16 each; all else keeps its dtype.
     """
-    rounded = _rounded(model)
+    rounded = rounded_linears(model)
     transforms, layouts = packed(standing(model))
     weights = {name: p for name, p in model.state_dict().items() if not _kept_apart(name, rounded)}
     kv_grid = getattr(attentions_of(model)[0], "kv_grid", None)
     about = {
         "config": model.config.to_dict(), "done": sorted(done(model)), "transforms": layouts,
         "kv_bits": kv_grid.bits if kv_grid else OFF, "dtype": str(model.dtype).removeprefix("torch."),
-        "grid": next(([g.bits, g.groupsize] for g in rounded.values()), None),
+        "grid": next(([linear.grid.bits, linear.grid.groupsize] for linear in rounded.values()), None),
     }  # fmt: skip
     tensors = {f"weight {k}": p for k, p in weights.items()} | {f"transform {k}": t for k, t in transforms.items()}
     tensors |= {f"rounded {k}": t for k, t in pack_weights(model).items()}
@@ -62,15 +62,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     if about["grid"]:
         unpack_weights(model, tensors["rounded"], *about["grid"])
     missing, unexpected = model.load_state_dict(tensors["weight"], strict=False)
-    if wrong := unexpected or [name for name in missing if not _kept_apart(name, _rounded(model))]:
+    rounded = rounded_linears(model)
+    if wrong := unexpected or [name for name in missing if not _kept_apart(name, rounded)]:
         raise ValueError(f"{path} does not fit its own config: {wrong[0]}")
     done(model).update(about["done"])
     return model.to(device)
-
-
-def _rounded(model: nn.Module) -> dict[str, nn.Module]:
-    """The grids of all rounded weights, by their linears' names."""
-    return {name: linear.grid for name, linear in linears_of(model).items() if hasattr(linear, "grid")}
 
 
 def _kept_apart(name: str, rounded: dict[str, nn.Module]) -> bool:

@@ -31,14 +31,21 @@ def codes_of(linear: nn.Linear) -> Tensor:
     return (weight / spread(linear.grid.scale.float(), linear.grid.groupsize, weight)).round_()
 
 
+def rounded_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of rounded weights, by name."""
+    return {name: linear for name, linear in linears_of(model).items() if hasattr(linear, "grid")}
+
+
+def scales_of(model: nn.Module) -> dict[str, Tensor]:
+    """``<linear>|scale`` of all rounded linears."""
+    return {f"{name}|scale": linear.grid.scale.cpu() for name, linear in rounded_linears(model).items()}
+
+
 def pack_weights(model: nn.Module) -> dict[str, Tensor]:
     """``<linear>|codes`` and ``<linear>|scale`` of all rounded linears."""
-    tensors = {}
-    for name, linear in linears_of(model).items():
-        if hasattr(linear, "grid"):
-            tensors[f"{name}|codes"] = pack(codes_of(linear), linear.grid.bits).cpu()
-            tensors[f"{name}|scale"] = linear.grid.scale.cpu()
-    return tensors
+    linears = rounded_linears(model).items()
+    codes = {f"{name}|codes": pack(codes_of(linear), linear.grid.bits).cpu() for name, linear in linears}
+    return codes | scales_of(model)
 
 
 def unpack_weights(model: nn.Module, tensors: dict[str, Tensor], bits: int, groupsize: int) -> None:

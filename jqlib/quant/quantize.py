@@ -12,7 +12,7 @@ from jqlib.quant.gptq import quantize_weights_gptq
 from jqlib.quant.kv_cache import quantize_kv_cache
 from jqlib.quant.packed import set_weight
 from jqlib.transform.build import begin, done, install
-from jqlib.transform.grids import OFF, check_bits, round_symmetric, spread, weight_scales
+from jqlib.transform.grids import OFF, check_bits, round_to_nearest
 from jqlib.transform.hadamard import factors
 from jqlib.transform.transform import Grid, Transform
 
@@ -76,10 +76,7 @@ def round_weights(
         quantize_weights_gptq(model, calib_data, bits, groupsize, before=before, correct=gptq_inputs == "corrected")
     elif bits < OFF:
         for linear in tqdm(linears_of(model).values(), "rounding weights", unit="linear"):
-            scales = weight_scales(linear.weight.data, bits, groupsize)
-            weight = linear.weight.data.float()
-            rounded = round_symmetric(weight, spread(scales, groupsize, weight), bits)
-            set_weight(linear, rounded, scales, bits, groupsize)
+            set_weight(linear, *round_to_nearest(linear.weight.data, bits, groupsize), bits, groupsize)
 
 
 def round_inputs(model: nn.Module, grids: dict[str, Grid]) -> None:

@@ -103,11 +103,12 @@ def build(model: nn.Module, transforms: dict[str, Transform]) -> None:
     It fuses the norms if a rotation of the stream needs that. Raises ValueError if not all sites behind norms share it.
     """
     check_stream([transforms[name] for name in norms_of(model)])
-    _merge(model, transforms, fuse=stream_of(model, transforms) is not None)
+    fuse = stream_of(model, transforms) is not None
+    _merge(model, transforms, fuse)
     for name, place in sites_of(model).items():
         if (left := transforms[name].split()[1]).runs:
             install(model, place, left)
-    done(model).update({"rotated"} | ({"fused"} if stream_of(model, transforms) is not None else set()))
+    done(model).update({"rotated", "fused"} if fuse else {"rotated"})
 
 
 def stream_of(model: nn.Module, transforms: dict[str, Transform]) -> Rotation | None:

@@ -20,7 +20,13 @@ def quantize_weight(weight: Tensor, bits: int = 4, groupsize: int = 128) -> Tens
     the one of least squared error among `group_scale`'s. The last group of a row is shorter if
     ``groupsize`` does not divide ``in``.
     """
-    return round_symmetric(weight.float(), spread(weight_scales(weight, bits, groupsize), groupsize, weight), bits)
+    return round_to_nearest(weight, bits, groupsize)[0]
+
+
+def round_to_nearest(weight: Tensor, bits: int, groupsize: int) -> tuple[Tensor, Tensor]:
+    """`quantize_weight`, and the scales it went by, (out, groups)."""
+    scales = weight_scales(weight, bits, groupsize)
+    return round_symmetric(weight.float(), spread(scales, groupsize, weight), bits), scales
 
 
 def weight_scales(weight: Tensor, bits: int, groupsize: int, importance: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jqlib.transform.grids import OFF, quantize_activation
-from jqlib.transform.hadamard import factors, hadamard_transform, transform_operations
+from jqlib.transform.hadamard import hadamard_transform, transform_operations
 
 
 class Rotation(nn.Module):
@@ -37,7 +37,6 @@ class Hadamard(nn.Module):
     def __init__(self, n: int):
         super().__init__()
         self.n, self.operations = n, transform_operations(n)  # multiply-adds per token
-        factors(n)
 
     def forward(self, x: Tensor, inverse: bool = False) -> Tensor:
         return hadamard_transform(x, inverse)
@@ -96,7 +95,8 @@ class Transform(nn.Module):
     @exact
     def _forwards(self, x: Tensor) -> Tensor:
         if self.scale is not None:
-            x = x / self._spread(x).where(self._spread(x) != 0, 1.0)
+            scale = self._spread(x)
+            x = x / scale.where(scale != 0, 1.0)
         x = x if self.rotation is None else self.rotation(x)
         return x if self.gain is None else x * self.gain.to(x)
 
