@@ -1,10 +1,10 @@
-# make workbook: the six notebooks on the embedded model.   make test: all tests.   make bench: timings, as ratios.
+# make workbook: the six notebooks on the embedded model.   make test: all tests.   make bench: timings, as ratios.   make study: what takes hours.
 # Each makes .venv first when it is missing. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = notebooks
 
-.PHONY: workbook test test-browser bench lab report
+.PHONY: workbook test test-browser bench study lab report
 
 workbook: .venv/made
 	$(BIN)/python -m jqlib run -f runs/smollm2-135m.yaml
@@ -26,6 +26,11 @@ bench: .venv/made
 	$(BIN)/python tests/bench/solvers.py
 	$(BIN)/python tests/bench/cost.py
 	$(BIN)/python tests/bench/speed.py
+	$(BIN)/python tests/bench/stages.py
+
+# figures/study.json, which notebooks 05 and 06 show: hours; goes on where it stopped. MINUTES=140: begins no row after them
+study: .venv/made
+	$(BIN)/python -m jqlib study $(if $(MINUTES),--minutes $(MINUTES))
 
 lab: .venv/made
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab $(NOTEBOOKS)

@@ -1,4 +1,4 @@
-"""``python -m jqlib``: ``run`` the six notebooks, ``sweep`` over many runs, ``info``, ``report``, ``clean``."""
+"""``python -m jqlib``: ``run`` the six notebooks, ``sweep``, ``study``, ``info``, ``report``, ``clean``."""
 
 import argparse
 import sys
@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     info_parser = commands.add_parser("info", help="sites, sizes, memory and time of a model, and what is on disk")
     info_parser.add_argument("model", help=HELP["model"])
     info_parser.add_argument("--profile", default=Config.profile, help=HELP["profile"])
+    study_parser = commands.add_parser("study", help="what takes hours on the embedded model: figures/study.json")
+    study_parser.add_argument("--minutes", type=float, help="begin no row after so many minutes (all rows)")
     for name, text in {
         "report": "the rows of notebook 05 of all models and runs under a folder",
         "clean": "remove artifacts under a folder that no current code or setting would reuse",
@@ -50,6 +52,14 @@ def _info(arguments: argparse.Namespace) -> int:
     from jqlib.lab.info import describe
 
     print(describe(make_config({"model": arguments.model, "profile": arguments.profile})))
+    return 0
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    from jqlib.lab.study import study
+
+    left = study(arguments.minutes)
+    print(f"{left} rows are left: run it again" if left else "the study is whole")
     return 0
 
 
@@ -133,7 +143,7 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-COMMANDS = {"run": _run, "sweep": _sweep, "info": _info, "report": _report, "clean": _clean}
+COMMANDS = {"run": _run, "sweep": _sweep, "info": _info, "study": _study, "report": _report, "clean": _clean}
 
 if __name__ == "__main__":
     sys.exit(main())

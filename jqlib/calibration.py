@@ -9,15 +9,16 @@ from dataclasses import replace
 from torch import Tensor
 
 from jqlib.config import Config
-from jqlib.inputs import MODEL, TEXT, artifact_of, load_calibration, load_model, text_for
+from jqlib.inputs import LESSONS, MODEL, TEXT, artifact_of, load_calibration, load_model, steps_of, text_for
 from jqlib.learn.activations import collect_activations
 from jqlib.learn.fisher import train_r1_output
+from jqlib.learn.lessons import Lessons, teach
 from jqlib.learn.refine import refine
 from jqlib.learn.rotations import train_r1_joint, train_r2_independent
 from jqlib.learn.smooth import compute_simple_smooth_scale
-from jqlib.learn.steps import TOKENS, Steps
 from jqlib.model.families import R1_SITES, head_dim_of, site_targets, sites_of
 from jqlib.model.load import load_config
+from jqlib.precision import products_dtype
 from jqlib.recipes import Recipe
 from jqlib.store import Artifact, Made
 from jqlib.transform.build import transforms_of
@@ -84,16 +85,26 @@ def r1(config: Config, solver: str, restart: int = 0) -> tuple[Tensor, dict]:
     return tensors["R1"], values
 
 
+def lessons_step(config: Config) -> Artifact:
+    """The FP model's predictions on the text that all stages by the loss learn from."""
+
+    def make(s) -> Made:
+        text = text_for(s, s.refine_steps * s.step_tokens)
+        lessons = teach(load_model(s), text, products_dtype(s.compute_dtype, s.device))
+        return lessons._replace(hidden=lessons.hidden.half())._asdict(), {}
+
+    return artifact_of(lessons_step, config, LESSONS, make)
+
+
 def r1_output_step(config: Config, a_clip: float) -> Artifact:
     def make(s, *, resume, keep) -> Made:
-        steps = Steps(5 * s.refine_steps // 2, s.seed, keep, resume)  # one takes less than half of refinement's time
         R1, gains = train_r1_output(
-            load_model(s), text_for(s, steps.count, TOKENS), grid=Grid(s.a_bits, a_clip), w_bits=s.w_bits,
-            groupsize=s.w_groupsize, steps=steps,
+            load_model(s), text_for(s, s.refine_steps * s.step_tokens), grid=Grid(s.a_bits, a_clip), w_bits=s.w_bits,
+            groupsize=s.w_groupsize, steps=steps_of(s, keep=keep, resume=resume),
         )  # fmt: skip
         return {"R1": R1} | gains, {}
 
-    names = (*MODEL, *TEXT, "a_bits", "w_bits", "w_groupsize", "refine_steps")
+    names = (*LESSONS, "a_bits", "w_bits", "w_groupsize")
     return artifact_of(r1_output_step, config, names, make, resumable=True, a_clip=a_clip)
 
 
@@ -144,6 +155,9 @@ def transforms_step(config: Config, recipe: Recipe) -> Artifact:
     if recipe.r2:  # per layer by nature: greedy is the joint solver
         parts["r2"] = r2_step(config, "mm" if recipe.r2 == "greedy" else recipe.r2, parts.get("smooth"))
 
+    if refines:
+        parts["lessons"] = lessons_step(config)
+
     def make(s, *found: Made, resume, keep) -> Made:
         tensors = {part: made[0] for part, made in zip(parts, found, strict=True)}
         model, gains = load_model(s), dict(tensors.get("r1", {}))
@@ -155,12 +169,12 @@ def transforms_step(config: Config, recipe: Recipe) -> Artifact:
         scales, R2 = tensors.get("smooth"), tensors.get("r2")
         transforms = transforms_of(model, R1, R2, scales, gains, recipe.online, grids)
         if refines:
-            steps = Steps(s.refine_steps, s.seed, keep, resume)
-            refine(model, text_for(s, steps.count, TOKENS), transforms, learn=recipe.refine, steps=steps)
+            steps = steps_of(s, keep=keep, resume=resume)
+            refine(model, Lessons(**tensors["lessons"]), transforms, learn=recipe.refine, steps=steps)
         tensors, layouts = packed(transforms)
         return tensors, {"layouts": layouts}
 
-    names = MODEL + ((*TEXT, "refine_steps", "a_bits") if refines else ())
+    names = (*LESSONS, "a_bits") if refines else MODEL
     does = {"online": recipe.online, "a_clip": recipe.a_clip, "o_per_head": recipe.o_per_head}
     does |= {"refine": recipe.refine} if refines else {}
     return artifact_of(transforms_step, config, names, make, *parts.values(), resumable=True, **does)

@@ -8,9 +8,11 @@ InitMode = Literal["hadamard", "random", "identity"]
 Measure = Literal["max", "l2"]
 Weights = Literal["rtn", "gptq"]
 GptqInputs = Literal["fp", "quantised", "corrected"]
+Tune = Literal["scales", "codes"]
 Split = Literal["test", "validation"]
 Draw = Literal["spread", "first"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def check_choice(name: str, value: object, allowed) -> None:

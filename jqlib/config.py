@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jqlib.choices import Draw, Dtype, InitMode, Objective, Solver, Split, Weights, check_choice
+from jqlib.choices import ComputeDtype, Draw, Dtype, InitMode, Objective, Solver, Split, Weights, check_choice
 from jqlib.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,7 @@ class Config:
     )
     init_mode: InitMode = _setting("hadamard", "a solver's start: hadamard, random or identity")
     refine_steps: int = _setting(200, "steps of an end-to-end stage, in recipes with one; 0 leaves them out")
+    step_tokens: int = _setting(4096, "tokens of such a step")
     use_smooth: bool = _setting(True, "smooth the inputs of o_proj and down_proj")
     smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
     w_bits: int = _setting(4, "bits of weights, 2 to 16; 16 leaves them alone")
@@ -54,10 +55,12 @@ class Config:
     weights: Weights = _setting("rtn", "how weights are rounded: rtn or gptq")
     w_groupsize: int = _setting(128, "weights that share a scale, along the input")
     calib_dataset: str | None = _setting(None, "wiki, wikitext2, c4, a folder or a text file; None: the model's own")
-    eval_dataset: str | None = _setting(None, "wiki, wikitext2, c4, a folder or a text file; None: the model's own")
+    eval_dataset: str | None = _setting(None, "as calib_dataset, or news: reports, text of another kind")
     seed: int = _setting(0, "seed of windows, token samples and starts")
     device: str = _setting("cpu", "torch device, such as cpu or cuda")
     dtype: Dtype = _setting("auto", "of the model; auto: float32 up to 2B parameters, else as its checkpoint")
+    compute_dtype: ComputeDtype = _setting("auto", "of products in those stages; auto: bfloat16 where it is faster")
+    eval_compute_dtype: ComputeDtype = _setting("float32", "of products in evaluation; auto as in compute_dtype")
     output_dir: str = _setting("./jointquant_output", "where results go; in a notebook, relative to the repository")
 
     def __post_init__(self):
@@ -83,9 +86,11 @@ class Config:
 PROFILES = {
     "quick": {
         "nsamples": 4, "seqlen": 512, "max_tokens": 256, "eval_seqlen": 512, "eval_windows": 8, "refine_steps": 20,
+        "step_tokens": 512,
     },
     "standard": {
         "nsamples": 8, "seqlen": 2048, "max_tokens": 1536, "eval_seqlen": 1024, "eval_windows": 16, "refine_steps": 60,
+        "step_tokens": 1024,
     },
     "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": 0},
 }  # fmt: skip
@@ -99,8 +104,8 @@ LIMITS = [
     ("nsamples", 1, 1e6), ("seqlen", 2, 1e6), ("max_tokens", 1, 1e9), ("eval_seqlen", 2, 1e6),
     ("eval_windows", 0, 1e9),
     ("r1_lr", 0, 1e9), ("r2_lr", 0, 1e9), ("r1_epochs", 1, 1e6), ("r2_epochs", 1, 1e6), ("smooth_alpha", 0, 1),
-    ("refine_steps", 0, 1e6), ("w_bits", 2, 16), ("a_bits", 2, 16), ("kv_bits", 2, 16), ("w_groupsize", 1, 1e9),
-    ("seed", 0, 2**31),
+    ("refine_steps", 0, 1e6), ("step_tokens", 1, 1e9), ("w_bits", 2, 16), ("a_bits", 2, 16), ("kv_bits", 2, 16),
+    ("w_groupsize", 1, 1e9), ("seed", 0, 2**31),
 ]  # fmt: skip
 
 

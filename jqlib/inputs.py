@@ -8,12 +8,15 @@ from torch import Tensor
 
 from jqlib.code import code_of
 from jqlib.config import Config
+from jqlib.learn.steps import Steps
 from jqlib.model import data, load
 from jqlib.model.data import Windows, get_calibration_data, get_evaluation_windows
+from jqlib.precision import products_dtype
 from jqlib.store import Artifact
 
 MODEL = ("model", "dtype", "device")
 TEXT = ("calib_dataset", "nsamples", "seqlen", "seed")
+LESSONS = (*MODEL, *TEXT, "refine_steps", "step_tokens", "compute_dtype")  # what stages by the loss go by
 WINDOWS = ("eval_dataset", "eval_seqlen", "eval_windows", "eval_split", "eval_draw")
 
 
@@ -41,11 +44,17 @@ def evaluation_windows(config: Config) -> Windows:
     )  # fmt: skip
 
 
-def text_for(config: Config, steps: int, tokens: int) -> Tensor:
-    """As many calibration windows as so many steps on so many ``tokens`` of text need, or as there are."""
-    needed = max(1, -(-steps // max(1, config.seqlen // tokens)))
+def text_for(config: Config, tokens: int) -> Tensor:
+    """As many calibration windows as so many ``tokens`` of text need, or as there are."""
+    needed = max(1, -(-tokens // config.seqlen))
     tokenizer = load.get_tokenizer(config.model)
     return get_calibration_data(tokenizer, needed, config.seqlen, config.calib_dataset, config.seed, least=1)
+
+
+def steps_of(s, seed: int = 0, **more) -> Steps:
+    """Of a stage by the loss."""
+    dtype = products_dtype(s.compute_dtype, s.device)
+    return Steps(s.refine_steps, s.seed + seed, s.step_tokens, dtype, **more)
 
 
 def artifact_of(
@@ -59,7 +68,9 @@ def artifact_of(
 
 
 def _content(config: Config, name: str):
-    """What a setting stands for: the model's and the text's content, not their names."""
+    """What a setting stands for: the model's and the text's content, not their names; what "auto" comes to here."""
+    if name.endswith("compute_dtype"):
+        return str(products_dtype(getattr(config, name), config.device))
     if name == "model":
         return load.fingerprint(config.model)
     if name == "dtype":

@@ -8,9 +8,18 @@ from dataclasses import replace
 
 from torch import nn
 
-from jqlib.calibration import activations, r1, r2, smooth_scales, transforms, transforms_step
+from jqlib.calibration import (
+    activations,
+    lessons_step,
+    r1,
+    r2,
+    smooth_scales,
+    transforms,
+    transforms_step,
+)
 from jqlib.config import Config
 from jqlib.inputs import (
+    LESSONS,
     MODEL,
     TEXT,
     WINDOWS,
@@ -19,17 +28,19 @@ from jqlib.inputs import (
     evaluation_windows,
     load_calibration,
     load_model,
-    text_for,
+    steps_of,
 )
 from jqlib.learn.activations import Moments, collect_activations
-from jqlib.learn.steps import TOKENS, Steps
+from jqlib.learn.lessons import Lessons
 from jqlib.learn.tune import tune
 from jqlib.model.evaluate import Reference, evaluate_windows, last_hidden
-from jqlib.model.families import site_targets
+from jqlib.model.families import linears_of, site_targets
 from jqlib.model.load import get_tokenizer
+from jqlib.precision import products_dtype
 from jqlib.quant.kv_cache import quantize_kv_cache
-from jqlib.quant.packed import pack_weights, scales_of, unpack_weights
+from jqlib.quant.packed import pack_weights, unpack_weights
 from jqlib.quant.quantize import round_inputs, round_weights
+from jqlib.quant.spare import spare
 from jqlib.recipes import RECIPES, SMOOTHED_BY_CHOICE, Recipe
 from jqlib.store import Artifact, Made
 from jqlib.transform.build import build, done, online_operations
@@ -92,33 +103,38 @@ def _quantised(s, found: Made, weights: Made | None, tuned: Made | None, w_bits:
     """The model of a row of the table."""
     model, grids = _built(s, found, a_bits)
     if weights:
-        codes, moved = weights[0], tuned[0] if tuned else {}
-        scales = {name: tensor for name, tensor in moved.items() if name.endswith("|scale")}
-        unpack_weights(model, codes | scales, w_bits, s.w_groupsize)
+        moved = {name: tensor for name, tensor in tuned[0].items() if "|" in name} if tuned else {}
+        unpack_weights(model, weights[0] | moved, w_bits, s.w_groupsize)
     round_inputs(model, grids)
     if kv_bits < OFF:
         quantize_kv_cache(model, kv_bits)
     done(model).add("quantised")
     if tuned:
-        model.load_state_dict({k: v for k, v in tuned[0].items() if not k.endswith("|scale")}, strict=False)
+        model.load_state_dict({name: tensor for name, tensor in tuned[0].items() if "|" not in name}, strict=False)
     return model
 
 
 def tuned_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Artifact:
-    """What tuning moves: the scales of weight groups, the norms' gains, the clips."""
+    """What tuning moves: the codes of weights, the scales of their groups, the norms' gains, the clips."""
     kv_bits = config.kv_bits
 
-    def make(s, found: Made, weights: Made, *, resume, keep) -> Made:
+    def make(s, found: Made, weights: Made, lessons: Made, *, resume, keep) -> Made:
         model = _quantised(s, found, weights, None, w_bits, a_bits, kv_bits)
-        tune(model, load_model(s), text_for(s, s.refine_steps, TOKENS), Steps(s.refine_steps, s.seed + 1, keep, resume))
-        return scales_of(model) | {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim < 2}, {}
+        exact = None
+        if recipe.tune == "codes":
+            exact = {name: linear.weight for name, linear in linears_of(_built(s, found)[0]).items()}
+        tune(model, Lessons(**lessons[0]), steps_of(s, 1, keep=keep, resume=resume), exact)
+        return pack_weights(model) | {
+            name: tensor for name, tensor in model.state_dict().items() if tensor.ndim < 2
+        }, {}
 
-    names = (*MODEL, *TEXT, "w_groupsize", "refine_steps", "kv_bits")
-    inputs = transforms_step(config, recipe), weights_step(config, recipe, w_bits, a_bits)
-    return artifact_of(tuned_step, config, names, make, *inputs, resumable=True, w_bits=w_bits, a_bits=a_bits)
+    names = (*LESSONS, "w_groupsize", "kv_bits")
+    inputs = transforms_step(config, recipe), weights_step(config, recipe, w_bits, a_bits), lessons_step(config)
+    does = {"w_bits": w_bits, "a_bits": a_bits, "tune": recipe.tune}
+    return artifact_of(tuned_step, config, names, make, *inputs, resumable=True, **does)
 
 
-def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) -> Artifact:
+def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int, spared: dict) -> Artifact:
     fp, inputs, kv_bits = fp_hidden_step(config), {}, config.kv_bits
     if recipe:
         inputs["transforms"] = transforms_step(config, recipe)
@@ -131,20 +147,24 @@ def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: 
         got = dict(zip(inputs, found, strict=True))
         parts = [got.get(name) for name in ("transforms", "weights", "tuned")]
         model = _quantised(s, *parts, w_bits, a_bits, kv_bits) if recipe else load_model(s)
-        ppl = evaluate_windows(model, evaluation_windows(s), s.device, Reference(**fp[0]))
+        spare(model, **spared) if spared else None
+        dtype = products_dtype(s.eval_compute_dtype, s.device)
+        ppl = evaluate_windows(model, evaluation_windows(s), s.device, Reference(**fp[0]), dtype)
         speed = {"tokens_a_second": len(ppl.nll) * s.eval_seqlen / ppl.seconds}
         return {}, ppl.row() | speed | {"online_operations": online_operations(model)}
 
-    names = (*MODEL, *WINDOWS, *(("w_groupsize", "kv_bits") if recipe else ()))
-    return artifact_of(evaluation_step, config, names, make, fp, *inputs.values(), w_bits=w_bits, a_bits=a_bits)
+    names = (*MODEL, *WINDOWS, "eval_compute_dtype", *(("w_groupsize", "kv_bits") if recipe else ()))
+    does = {"w_bits": w_bits, "a_bits": a_bits, "spared": spared}
+    return artifact_of(evaluation_step, config, names, make, fp, *inputs.values(), **does)
 
 
-def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int) -> dict:
+def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int, **spared) -> dict:
     """One row of a table: perplexity, KL from FP and top-1 agreement of a recipe at these bits; None is FP untouched.
 
     Weights are rounded as the recipe says, else as the run does (``config.weights``), the KV cache as the run says.
+    ``spared``: a part whose activations are left unrounded (`jqlib.quant.spare.spare`).
     """
-    values = evaluation_step(config, recipe, w_bits, a_bits).get()[1]
+    values = evaluation_step(config, recipe, w_bits, a_bits, spared).get()[1]
     calibration = [cost for step, cost in values["took"].items() if not step.startswith("fp_hidden")]
     weights = (recipe.weights or config.weights) if recipe and w_bits < OFF else "none"
     row = {"weights": weights, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": config.kv_bits if recipe else OFF}
@@ -190,5 +210,7 @@ def protocol(config: Config) -> dict:
         "windows": len(windows.ids), "drawn": windows.drawn, "articles_or_blocks": len({*windows.articles}),
         "bos": False, "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
         "calibration_seqlen": config.seqlen,
+        "products": str(products_dtype(config.eval_compute_dtype, config.device)),
+        "products_in_calibration": str(products_dtype(config.compute_dtype, config.device)),
         "not_quantised": "embeddings, lm_head" + (", KV cache" if config.kv_bits == OFF else ""),
     }  # fmt: skip

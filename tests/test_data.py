@@ -194,7 +194,7 @@ def test_bad_files(tiny_tokenizer, tmp_path, content, error, message):
 
 @pytest.mark.parametrize("dataset", ["wikitext3", "missing/file.txt", "/no/such/folder"])
 def test_unknown_data_set(dataset):
-    with pytest.raises(FileNotFoundError, match=f"{dataset!r} is unknown. Give 'wiki', 'wikitext2', 'c4'"):
+    with pytest.raises(FileNotFoundError, match=f"{dataset!r} is unknown. Give 'wiki', 'news', 'wikitext2', 'c4'"):
         load_articles(dataset, "test")
 
 
@@ -245,3 +245,16 @@ def test_splits_have_hardly_a_sentence_in_common(tokenizer):
     assert len(calibration & test) < 1e-3 * len(test)
     assert not calibration & validation
     assert len(validation & test) < 2e-3 * len(validation)
+
+
+def test_news_is_text_that_nothing_learns_from(tiny_tokenizer):
+    validation, test = (load_articles("news", split) for split in ("validation", "test"))
+    assert (len(validation), len(test)) == (100, 200)
+    assert validation[0].startswith(
+        "Hundreds of people have been forced to vacate their homes in the Southern Highlands"
+    )
+    assert not {*validation} & {*test}
+    with pytest.raises(
+        ValueError, match="'news' is for evaluation alone, as text of another kind: calibrate on 'wiki'"
+    ):
+        get_calibration_data(tiny_tokenizer, 1, 8, "news")

@@ -10,6 +10,7 @@ import torch
 from jqlib import pipeline
 from jqlib.config import make_config
 from jqlib.learn.fisher import train_r1_output
+from jqlib.learn.lessons import teach
 from jqlib.learn.refine import refine, simulated
 from jqlib.learn.steps import Steps
 from jqlib.model import load
@@ -85,8 +86,9 @@ def test_what_is_refined_is_the_model_that_is_built(config, name, changes):
     ids = pipeline.load_calibration(config)[:1]
     p, q = (m(ids).logits[0].double().log_softmax(-1) for m in (model, built))
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
-    with simulated(model, found) as loss:
-        assert loss(ids).item() == pytest.approx(expected, rel=0.02)
+    lessons = teach(model, ids)
+    with simulated(model, found):
+        assert lessons.loss(model, torch.tensor([0])).item() == pytest.approx(expected, rel=0.02)
 
 
 def test_r1_goes_by_the_loss_where_the_run_has_steps_for_it(config):
@@ -121,7 +123,7 @@ def test_a_refinement_is_for_the_bits_of_the_run(config):
 def test_tuning_shares_the_refinement_and_leaves_nothing_unfinished(config, monkeypatch):
     monkeypatch.setattr("jqlib.learn.steps.KEEP_EVERY", 2)
     tuned = pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)
-    plain = pipeline.evaluate(config, replace(RECIPES["jointquant-best"], tune=False), 4, 4)
+    plain = pipeline.evaluate(config, replace(RECIPES["jointquant-best"], tune=None), 4, 4)
     assert tuned["ppl"] != plain["ppl"]
     kinds = kinds_of(config)
     assert "unfinished" not in kinds
@@ -146,7 +148,7 @@ def test_tuned_rows_and_rows_of_a_rounded_kv_cache_share_their_weights(config):
 ])  # fmt: skip
 def test_rows_are_made_anew_for_the_settings_that_they_depend_on(config, change, moved):
     def rows(run):
-        return {name: evaluation_step(run, RECIPES[name], 4, 4).path for name in names}
+        return {name: evaluation_step(run, RECIPES[name], 4, 4, {}).path for name in names}
 
     names = ("dartquant", "jointquant", "quarot", "rtn", "smoothquant")
     before, after = rows(config), rows(replace(config, **change))
@@ -214,7 +216,7 @@ def test_calibration_takes_what_all_its_steps_took_each_counted_once(config):
     row = pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)
     made = [path for path in (config.folder / "artifacts").glob("*.safetensors")
             if not path.name.startswith(("evaluation", "fp_hidden"))]  # fmt: skip
-    assert len(made) == 7  # activations, smoothing, R1, R2, transforms, weights, what was tuned
+    assert len(made) == 8  # lessons, activations, smoothing, R1, R2, transforms, weights, what was tuned
     assert row["calibration_seconds"] == pytest.approx(sum(read(path)[1]["seconds"] for path in made))
 
 
@@ -260,7 +262,7 @@ def test_refine_lets_the_model_go(no_collector, tiny_model, tokens):
     gone, windows = weakref.ref(model), tokens(1, 32)
     grids = {name: Grid(4) for name in sites_of(model)}
     found = transforms_of(model, random_hadamard(model.config.hidden_size, 0), online=("down",), grids=grids)
-    refine(model, windows, found, steps=Steps(1))
+    refine(model, teach(model, windows), found, steps=Steps(1))
     del model
     assert gone() is None
 

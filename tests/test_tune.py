@@ -5,8 +5,9 @@ import torch
 
 from jqlib import quantize_model
 from jqlib.learn import steps
+from jqlib.learn.lessons import teach
 from jqlib.learn.steps import Steps
-from jqlib.learn.tune import Factor, tune
+from jqlib.learn.tune import OnGrid, tune
 from jqlib.model.families import linears_of, site_targets
 from jqlib.quant.packed import codes_of
 from jqlib.transform.build import standing
@@ -25,20 +26,20 @@ def quantised(tiny_model):
     return make
 
 
-def total(model, teacher, windows) -> float:
+def total(model, lessons) -> float:
     with torch.no_grad():
-        return sum(steps.divergence(model, w[None], steps.predictions(teacher, w[None])).item() for w in windows)
+        return lessons.loss(model, torch.arange(len(lessons.ids))).item()
 
 
 @pytest.mark.parametrize(("a_bits", "kv_bits"), [(4, 16), (4, 4), (16, 16)])
 def test_the_loss_falls_and_codes_stay(quantised, tiny_model, tokens, a_bits, kv_bits):
-    model, teacher, windows = quantised(a_bits, kv_bits), tiny_model(), tokens(4, 64)
+    model, lessons = quantised(a_bits, kv_bits), teach(tiny_model(), tokens(4, 64))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     codes = {name: codes_of(linear) for name, linear in linears_of(model).items()}
-    first = total(model, teacher, windows)
-    tune(model, teacher, windows, Steps(40))
+    first = total(model, lessons)
+    tune(model, lessons, Steps(40))
     after = model.state_dict()
-    assert total(model, teacher, windows) < 0.9 * first
+    assert total(model, lessons) < 0.9 * first
     assert after.keys() == before.keys()
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert moved == [name for name in before if "norm" in name or "proj" in name]
@@ -54,37 +55,68 @@ def test_the_loss_falls_and_codes_stay(quantised, tiny_model, tokens, a_bits, kv
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_a_group_wider_than_a_row_is_the_row():
-    factor = Factor(torch.ones(3, 8), 10**9)
-    assert factor.factor.shape == (3, 1)
-    assert torch.equal(factor(torch.ones(3, 8)), torch.ones(3, 8))
+def test_a_group_wider_than_a_row_is_the_row(tiny_model):
+    model = tiny_model()
+    quantize_model(model, 4, 16, 10**9)
+    linear = next(iter(linears_of(model).values()))
+    form = OnGrid(linear)
+    assert form.factor.shape == (48, 1)
+    assert torch.equal(form(linear.weight), linear.weight)
 
 
-def test_gradients_of_factors_against_finite_differences(tiny_model, tokens):
-    teacher, ids = tiny_model().double(), tokens(1, 16)
+def test_gradients_of_scales_against_finite_differences(tiny_model, tokens):
+    lessons, first = teach(tiny_model().double(), tokens(1, 16)), torch.tensor([0])
     model = tiny_model().double()
     quantize_model(model, 3, 16, 20)
-    target = steps.predictions(teacher, ids)
     linear = model.get_submodule(site_targets(model, "down")[0])
-    factor = Factor(linear.weight, 20).double()
-    torch.nn.utils.parametrize.register_parametrization(linear, "weight", factor)
-    steps.divergence(model, ids, target).backward()
+    form = OnGrid(linear).double()
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", form, unsafe=True)
+    lessons.loss(model, first).backward()
     for i, j in [(0, 0), (5, 2), (47, 4)]:  # the last group of 96 columns holds 16
         sides = []
         for change in (3e-2, -6e-2):
-            factor.factor.data[i, j] += change
-            sides.append(steps.divergence(model, ids, target).item())
-        factor.factor.data[i, j] += 3e-2
-        assert factor.factor.grad[i, j].item() == pytest.approx((sides[0] - sides[1]) / 6e-2, rel=0.03)
+            form.factor.data[i, j] += change
+            sides.append(lessons.loss(model, first).item())
+        form.factor.data[i, j] += 3e-2
+        assert form.factor.grad[i, j].item() == pytest.approx((sides[0] - sides[1]) / 6e-2, rel=0.03)
+
+
+def test_the_slope_of_a_place_is_that_of_its_weight(tiny_model, tokens):
+    """Straight through: as if the weight moved by what its place moves, in units of its scale."""
+    lessons, first = teach(tiny_model(), tokens(1, 16)), torch.tensor([0])
+    model, exact = tiny_model(), tiny_model()
+    quantize_model(model, 3, 16, 20)
+    linear = model.get_submodule(site_targets(model, "down")[0])
+    lessons.loss(model.requires_grad_(), first).backward()
+    expected = linear.weight.grad * spread(linear.grid.scale.float(), 20, linear.weight)
+    form = OnGrid(linear, exact.get_submodule(site_targets(model, "down")[0]).weight)
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", form, unsafe=True)
+    lessons.loss(model, first).backward()
+    outside = (form.place <= -4.5) | (form.place >= 3.5)  # where the grid ends nothing moves
+    torch.testing.assert_close(form.place.grad, expected.masked_fill(outside, 0), rtol=1e-3, atol=1e-7)
+
+
+def test_codes_learn_from_where_weights_lay(quantised, tiny_model, tokens):
+    model, lessons, exact = quantised(), teach(tiny_model(), tokens(4, 64)), linears_of(tiny_model())
+    before, first = {name: codes_of(linear) for name, linear in linears_of(model).items()}, total(model, lessons)
+    form = OnGrid(linears_of(model)[site_targets(model, "down")[0]], exact[site_targets(model, "down")[0]].weight)
+    assert torch.equal(form.ends()[0], linears_of(model)[site_targets(model, "down")[0]].weight)  # it starts as it was
+    scales_alone = quantised()
+    tune(scales_alone, lessons, Steps(40))
+    tune(model, lessons, Steps(40), {name: linear.weight for name, linear in exact.items()})
+    assert total(model, lessons) < total(scales_alone, lessons) < first
+    flipped = [(codes_of(linear) != before[name]).float().mean().item() for name, linear in linears_of(model).items()]
+    assert all(0 < share < 0.3 for share in flipped)
+    assert all(codes_of(linear).abs().max() <= 8 for linear in linears_of(model).values())
 
 
 def test_an_interrupted_one_goes_on_as_if_nothing_had_been(quantised, tiny_model, tokens, monkeypatch):
     monkeypatch.setattr(steps, "KEEP_EVERY", 2)
-    teacher, windows, kept = tiny_model(), tokens(4, 64), []
+    lessons, kept = teach(tiny_model(), tokens(4, 64)), []
     whole, resumed = quantised(), quantised()
     keep = lambda state: kept.append({k: v.clone() for k, v in state.items()})  # noqa: E731
-    tune(whole, teacher, windows, Steps(5, keep=keep))
-    tune(resumed, teacher, windows, Steps(5, keep=keep, resume=kept[0]))
+    tune(whole, lessons, Steps(5, keep=keep))
+    tune(resumed, lessons, Steps(5, keep=keep, resume=kept[0]))
     assert [int(state["step"]) for state in kept] == [2, 4, 4]  # the second time from step 2 on
     assert all(torch.equal(p, resumed.get_parameter(name)) for name, p in whole.named_parameters())
     assert {name.split(".")[-1] for name, _ in whole.named_parameters()} == {"weight", "clip"}
@@ -94,4 +126,4 @@ def test_weights_are_rounded_first(tiny_model, tokens):
     with pytest.raises(
         RuntimeError, match=r"tune needs a model whose weights are rounded: call quantize_model\(model\)"
     ):
-        tune(tiny_model(), tiny_model(), tokens())
+        tune(tiny_model(), teach(tiny_model(), tokens()))

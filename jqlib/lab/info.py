@@ -8,9 +8,11 @@ from torch import nn
 from jqlib.config import Config
 from jqlib.inputs import dtype_of
 from jqlib.lab.disk import on_disk
-from jqlib.learn.steps import TOKENS
+from jqlib.learn.lessons import PIECE, ROWS
+from jqlib.learn.steps import TOGETHER
 from jqlib.model.families import R1_SITES, family_of, head_dim_of, linears_of, sites_of
 from jqlib.model.load import without_weights
+from jqlib.precision import products_dtype
 from jqlib.transform.hadamard import factors
 
 PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the runner is one, a kernel another
@@ -52,8 +54,9 @@ def peak_bytes(config: Config) -> int:
     sites = sites_of(model, *R1_SITES, "o").values()
     samples = 4 * config.max_tokens * sum(site.width for site in sites) + 8 * 4 * shape.hidden_size**2
     hessian = 8 * 4 * max(linear.in_features for linear in linears.values()) ** 2
-    logits = 3 * 4 * max(config.eval_seqlen, TOKENS) * shape.vocab_size  # float32: they, their softmax, a copy
-    kept = 20 * shape.num_hidden_layers * TOKENS * (6 * shape.hidden_size + 4 * shape.intermediate_size)
+    logits = 4 * (config.eval_seqlen + 4 * ROWS) * shape.vocab_size  # float32: a window's, and a few of some rows
+    tokens = min(config.step_tokens, TOGETHER * PIECE)
+    kept = 20 * shape.num_hidden_layers * tokens * (6 * shape.hidden_size + 4 * shape.intermediate_size)
     return weights * dtype.itemsize + max(samples, hessian) + kept + logits + 2 * PYTHON
 
 
@@ -80,12 +83,13 @@ def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list
     speed = _operations_per_second(config.device, dtype)
     calibration = 2 * in_layers * config.nsamples * config.seqlen / speed
     window = 2 * (in_layers + head) * config.eval_seqlen / speed
-    stage = config.refine_steps * 4 * 2 * (in_layers + head) * TOKENS / speed  # forward, backward, and the FP model's
+    fast = _operations_per_second(config.device, products_dtype(config.compute_dtype, config.device))
+    stage = 6 * (in_layers + head) * config.refine_steps * config.step_tokens / fast  # forward, backward
     return [
         f"time at {speed / 1e9:.0f} billion operations a second ({config.device}): {calibration:.0f} s to collect "
         f"activations, {window:.1f} s per window of perplexity, of which a row takes "
         f"{config.eval_windows or 'all of the test text'},",
-        f"{stage:.0f} s to refine or to tune ({config.refine_steps} steps).",
+        f"{stage:.0f} s to refine or to tune ({config.refine_steps} steps of {config.step_tokens} tokens).",
         "Products alone: expect about twice as long, and solvers and GPTQ besides.",
     ]
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jqlib.fused import fused
 from jqlib.model.families import layers_of, site_targets, sites_of
 from jqlib.model.walk import removing, walk
 
@@ -22,10 +23,8 @@ class Moments:
     @classmethod
     def of(cls, x: Tensor) -> "Moments":
         """``x``: (tokens, features)."""
-        x = x.double()
-        square = x * x
-        sums = torch.stack([x.sum(0), square.sum(0), (square * x).sum(0), (square * square).sum(0)])
-        return cls(len(x), sums.cpu(), x.abs().amax(0).float().cpu())
+        *sums, absmax = _power_sums(x)
+        return cls(len(x), torch.stack(sums).cpu(), absmax.float().cpu())
 
     def __add__(self, other: "Moments") -> "Moments":
         return Moments(self.tokens + other.tokens, self.sums + other.sums, torch.maximum(self.absmax, other.absmax))
@@ -42,6 +41,14 @@ class Moments:
         variance = m2 - m1**2
         fourth = m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4
         return fourth / variance**2 if variance > 1e-12 * m2 else 0.0
+
+
+@fused
+def _power_sums(x: Tensor) -> tuple[Tensor, ...]:
+    """Of each channel: sums of x, x², x³, x⁴ in float64, and the largest |x|."""
+    wide = x.double()
+    square = wide * wide
+    return wide.sum(0), square.sum(0), (square * wide).sum(0), (square * square).sum(0), x.abs().amax(0)
 
 
 def collect_activations(

@@ -20,14 +20,16 @@ nothing online: they are gains of the norm in the rotated basis. That is why R1 
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.nn.utils import parametrize
 
+from jqlib.learn.lessons import ROWS, cut
 from jqlib.learn.refine import learnable
-from jqlib.learn.steps import Steps, low_precision, minimise_by_steps
+from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import R1_SITES, family_of, norms_of, sites_of
 from jqlib.model.walk import removing
+from jqlib.precision import products_in
 from jqlib.transform.build import transforms_of
 from jqlib.transform.grids import OFF
 from jqlib.transform.hadamard import random_hadamard
@@ -57,13 +59,16 @@ def train_r1_output(
     transforms = transforms_of(model, R1, norm_scale=gains, grids=grids)
     transforms = {name: transforms[name] for name in sites_of(model, *R1_SITES)}
 
-    def loss(ids: Tensor) -> Tensor:
-        seen = inputs_and_gradients(model, ids.to(model.device), steps.seed)
+    ids = cut(windows)
+
+    def loss(pieces: Tensor) -> Tensor:
+        with products_in(steps.dtype, model.device):
+            seen = inputs_and_gradients(model, ids[pieces].to(model.device), steps.seed)
         with parametrize.cached():
             return torch.stack([cost(transforms[name], *xh, w_bits, groupsize) for name, xh in seen.items()]).sum()
 
     with learnable(sites_of(model), transforms, tuple(RATES)) as knobs:
-        minimise_by_steps(knobs, loss, windows, RATES, steps, "output")
+        minimise_by_steps(knobs, loss, ids, RATES, steps, "output")
     R1 = polar(next(iter(transforms.values())).rotation.matrix).cpu()
     return R1, {name: transform.gain.detach().cpu() for name, transform in transforms.items()}
 
@@ -113,18 +118,26 @@ def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[s
     handles = [embed.register_forward_hook(lambda module, args, output: output.requires_grad_())]
     handles += [norm.register_forward_hook(partial(watch, name)) for name, norm in norms_of(model).items()]
     with removing(handles):
-        with low_precision(model.device):
-            logits = model(ids, use_cache=False).logits.flatten(0, 1).float()
-        if not torch.isfinite(logits).all():
-            raise FloatingPointError("NaN or Inf in the model's logits: try --dtype float32")
-        drawn = _labels(logits.detach(), seed + ids.sum().item())  # other ones for every text
-        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        state = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        head = model.get_output_embeddings().weight
+        state.backward(_slope(state.detach(), head, seed + ids.sum().item()))  # other labels for every text
     return found
 
 
-def _labels(logits: Tensor, seed: int) -> Tensor:
-    """A label for each row of (tokens, vocabulary), by its distribution; torch.multinomial takes ten times longer."""
-    generator = torch.Generator(logits.device).manual_seed(seed)
-    upto = logits.softmax(-1).cumsum(-1)
+@torch.no_grad()
+def _slope(state: Tensor, head: Tensor, seed: int) -> Tensor:
+    """Of −Σ log p(y), y drawn from the model's own p for each token, by what the head reads, (tokens, hidden)."""
+    generator, slopes = torch.Generator(state.device).manual_seed(seed), []
+    for rows in state.split(ROWS):
+        p = linear(rows, head).float().softmax(-1)
+        if not torch.isfinite(p).all():
+            raise FloatingPointError("NaN or Inf in the model's logits: try --dtype float32")
+        slopes.append(p.scatter_add(-1, _labels(p, generator)[:, None], -torch.ones_like(p[:, :1])) @ head)
+    return torch.cat(slopes)
+
+
+def _labels(p: Tensor, generator: torch.Generator) -> Tensor:
+    """A label for each row of (tokens, vocabulary), by its probabilities; torch.multinomial takes ten times longer."""
+    upto = p.cumsum(-1)
     drawn = torch.rand(len(upto), 1, generator=generator, device=upto.device) * upto[:, -1:]
     return torch.searchsorted(upto, drawn)[:, 0]

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from jqlib.learn.steps import Steps, divergence, low_precision, minimise_by_steps, predictions
+from jqlib.learn.lessons import Lessons
+from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import Place, sites_of
+from jqlib.precision import products_in
 from jqlib.transform.build import install
 from jqlib.transform.grids import OFF
 from jqlib.transform.orthogonal import turned
@@ -24,13 +26,13 @@ RATES = {"R1": 4e-4, "R2": 8e-4, "scale": 1e-2, "smooth": 1e-2, "clip": 2e-3}  #
 
 
 def refine(
-    model: nn.Module, windows: Tensor, transforms: dict[str, Transform], *, learn: tuple[str, ...] = tuple(RATES),
+    model: nn.Module, lessons: Lessons, transforms: dict[str, Transform], *, learn: tuple[str, ...] = tuple(RATES),
     steps: Steps = Steps(),
 ) -> None:  # fmt: skip
     """Refine the transforms of all sites in place. They may be any that `build` takes, each with its grid.
 
-    ``model``: as loaded; nothing of it changes. ``windows``: (windows, seqlen) of calibration text. ``learn``: which
-    kinds move, of "R1", "R2", "scale" (gains of the norms behind R1), "smooth" (scales of the other sites), "clip".
+    ``model``: as loaded; nothing of it changes. ``lessons``: its own (`lessons.teach`). ``learn``: which kinds
+    move, of "R1", "R2", "scale" (gains of the norms behind R1), "smooth" (scales of the other sites), "clip".
 
     Raises ValueError for grids of 16 bits or an unknown kind, FloatingPointError if the loss is not finite.
     """
@@ -38,43 +40,33 @@ def refine(
         raise ValueError(f"a_bits={wrong[0]}: refine learns by the rounding of activations, to 2..15 bits")
     if not learn or not {*learn} <= {*RATES}:
         raise ValueError(f"learn={learn!r}: expected some of {', '.join(RATES)}")
-    with simulated(model, transforms) as loss, learnable(sites_of(model), transforms, learn) as knobs:
-        minimise_by_steps(knobs, loss, windows, RATES, steps, "refining")
+
+    def loss(pieces: Tensor) -> Tensor:
+        with products_in(steps.dtype, model.device), parametrize.cached():
+            return lessons.loss(model, pieces)
+
+    with simulated(model, transforms), learnable(sites_of(model), transforms, learn) as knobs:
+        minimise_by_steps(knobs, loss, lessons.ids, RATES, steps, "refining")
 
 
 class Simulated(nn.Module):
-    """Stands at a site while its transform is simulated; ``on``: off, the model is the FP model."""
+    """Stands at a site while its transform is simulated."""
 
     def __init__(self, transform: Transform):
         super().__init__()
-        self.transform, self.on = transform, True
+        self.transform = transform
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.transform.simulate(x) if self.on else x
+        return self.transform.simulate(x)
 
 
 @contextmanager
-def simulated(model: nn.Module, transforms: dict[str, Transform]) -> Iterator:
-    """Within it the model rounds its sites' inputs as the built one will. Gives the loss of token ids, (1, tokens):
-    mean KL (nats per token) from the FP model's predictions."""
+def simulated(model: nn.Module, transforms: dict[str, Transform]) -> Iterator[None]:
+    """Within it the model rounds its sites' inputs as the built one will."""
     places = sites_of(model)
-    stand_ins = {name: Simulated(transform) for name, transform in transforms.items()}
-    handles = [install(model, places[name], stand_in) for name, stand_in in stand_ins.items()]
-
-    def switch(on: bool) -> None:
-        for stand_in in stand_ins.values():
-            stand_in.on = on
-
-    def loss(ids: Tensor) -> Tensor:
-        ids = ids.to(model.device)
-        with low_precision(model.device), parametrize.cached():
-            switch(False)
-            target = predictions(model, ids)
-            switch(True)
-            return divergence(model, ids, target)
-
+    handles = [install(model, places[name], Simulated(transform)) for name, transform in transforms.items()]
     try:
-        yield loss
+        yield
     finally:
         for handle, name in zip(handles, transforms, strict=True):
             handle.remove()

@@ -113,6 +113,8 @@ def load_articles(dataset: str, split: str) -> list[str]:
     """
     if dataset == embedded.CORPUS:
         return embedded.corpus_articles(split)
+    if dataset == embedded.NEWS:
+        return embedded.news_reports(split)
     if dataset in HUB:
         return [_hub_text(dataset, split)]
     path = Path(dataset).expanduser()
@@ -124,7 +126,7 @@ def load_articles(dataset: str, split: str) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"data set {dataset} is not a UTF-8 text file ({error})") from error
     raise FileNotFoundError(
-        f"data set {dataset!r} is unknown. Give {embedded.CORPUS!r}, {', '.join(map(repr, HUB))}, "
+        f"data set {dataset!r} is unknown. Give {embedded.CORPUS!r}, {embedded.NEWS!r}, {', '.join(map(repr, HUB))}, "
         "a folder in the hub's layout (parquet) or a text file."
     )
 

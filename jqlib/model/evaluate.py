@@ -10,8 +10,10 @@ from torch.nn.functional import linear
 from tqdm import tqdm
 
 from jqlib.choices import Draw, Split
+from jqlib.fused import fused
 from jqlib.model.data import Windows, get_evaluation_windows
 from jqlib.model.intervals import Interval, mean_interval
+from jqlib.precision import products_in
 
 ROWS = 256  # tokens whose logits are turned into probabilities at a time
 
@@ -92,15 +94,20 @@ def evaluate_perplexity(
 
 
 def evaluate_windows(
-    model: nn.Module, windows: Windows, device: str | torch.device | None = None, reference: Reference | None = None
-) -> Perplexity:
-    """`evaluate_perplexity` on windows at hand; with the FP model's ``reference`` on them, KL and agreement too."""
+    model: nn.Module, windows: Windows, device: str | torch.device | None = None, reference: Reference | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Perplexity:  # fmt: skip
+    """`evaluate_perplexity` on windows at hand; with the FP model's ``reference`` on them, KL and agreement too.
+
+    ``dtype``: of matrix products, bfloat16 or the model's own.
+    """
     device = device or model.device
     head, read = reference and reference.head.to(device), []
     start = time.perf_counter()
     for i, window in enumerate(tqdm(windows.ids, "perplexity", unit="window")):
         target = reference and Reference(reference.hidden[i].to(device), head)
-        read.append(read_window(model, window.to(device), target))
+        with products_in(dtype, model.device):
+            read.append(read_window(model, window.to(device), target))
     seconds = time.perf_counter() - start
     nll, kl, top1 = (list(values) for values in zip(*read, strict=True))
     return Perplexity(nll, windows.articles, *((kl, top1) if reference else (None, None)), seconds=seconds)
@@ -124,14 +131,28 @@ def read_window(model: nn.Module, window: Tensor, reference: Reference | None = 
     logits = model(window[None], use_cache=False).logits[0, :-1]  # (seqlen − 1, vocabulary)
     sums = torch.zeros(3, dtype=torch.double)
     for at in range(0, len(logits), ROWS):
-        found, labels = logits[at : at + ROWS].float().log_softmax(-1), window[1:][at : at + ROWS]
-        sums[0] -= found.gather(-1, labels[:, None]).double().sum().cpu()
+        rows, labels = logits[at : at + ROWS], window[1:][at : at + ROWS]
+        sums[0] += _nll(rows, labels).double().sum().cpu()
         if reference:
-            expected = linear(reference.hidden[:-1][at : at + ROWS], reference.head).float().log_softmax(-1)
-            sums[1] += (expected.exp() * (expected - found)).sum(-1).double().sum().cpu()
-            sums[2] += (expected.argmax(-1) == found.argmax(-1)).sum().cpu()
+            expected = linear(reference.hidden[:-1][at : at + ROWS], reference.head)
+            for i, found in enumerate(_against(rows, expected), 1):
+                sums[i] += found.double().sum().cpu()
     nll, kl, top1 = (sums / len(logits)).tolist()
     return (nll, kl, top1) if reference else (nll, math.nan, math.nan)
+
+
+@fused
+def _nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats for each label, logits (tokens, vocabulary)."""
+    logits = logits.float()
+    return logits.logsumexp(-1) - logits.gather(-1, labels[:, None])[:, 0]
+
+
+@fused
+def _against(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token: KL of the predictions from the target's, and whether the first choice is the same."""
+    found, expected = logits.float().log_softmax(-1), target.float().log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1), expected.argmax(-1) == found.argmax(-1)
 
 
 def _exp(nll: float) -> float:

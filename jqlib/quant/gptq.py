@@ -7,7 +7,8 @@ the hidden states of all calibration windows. Weights may answer for the roundin
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 
 import torch
@@ -96,17 +97,33 @@ def corrected(weight: Tensor, hessian: Tensor, error: Tensor, tokens: int) -> Te
 
 
 def _columns(weight: Tensor, scale: Tensor, inverse: Tensor, bits: int) -> Tensor:
-    """The loop over columns, here rows of (in, out); ``inverse``: upper U with H⁻¹ = UᵀU."""
-    rounded = torch.empty_like(weight)
+    """The loop over columns, here rows of (in, out); ``inverse``: upper U with H⁻¹ = UᵀU.
+
+    What the errors before it in its block mean for a column is one product when its turn comes.
+    """
+    rounded, diagonal = torch.empty_like(weight), inverse.diagonal().tolist()
     for start in range(0, len(weight), BLOCK):
         end = min(start + BLOCK, len(weight))
         errors = torch.empty_like(weight[start:end])
-        for i in range(start, end):
-            rounded[i] = round_symmetric(weight[i], scale[i], bits)
-            errors[i - start] = (weight[i] - rounded[i]) / inverse[i, i]
-            weight[i + 1 : end].addr_(inverse[i, i + 1 : end], errors[i - start], alpha=-1)
+        with one_thread():
+            for i in range(start, end):
+                before = i - start
+                column = weight[i].addmv_(errors[:before].T, inverse[start:i, i], alpha=-1) if before else weight[i]
+                rounded[i] = round_symmetric(column, scale[i], bits)
+                torch.sub(column, rounded[i], out=errors[before]).div_(diagonal[i])
         weight[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
     return rounded
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small operations: several threads would wait for each other, and for whatever else the machine does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _inverse_cholesky(hessian: Tensor, name: str) -> Tensor:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from jqlib.fused import fused
+
 OFF = 16  # bits that mean "leave in floating point"
-BLOCK = 2**17  # weights rounded at a time: the clip search stays in the processor's cache
+BLOCK = 2**17  # weights whose scales are searched at a time
 CLIPS = [1 - 0.025 * i for i in range(29)]  # clip ratios 1.00 … 0.30 searched for a weight group
 
 
@@ -49,14 +51,18 @@ def group_scale(groups: Tensor, bits: int, importance: Tensor | float = 1.0) -> 
     broadcasts against ``groups``.
     """
     largest = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    best, least = torch.ones_like(largest), torch.full_like(largest, torch.inf)
-    for full in (largest.abs() / (2 ** (bits - 1) - 1), -largest / 2 ** (bits - 1)):
-        for clip in CLIPS:
-            scale = _storable(full.where(full != 0, 1.0) * clip)
-            error = (round_symmetric(groups, scale, bits) - groups).square_().mul_(importance).sum(-1, keepdim=True)
-            best = torch.where(error < least, scale, best)
-            least = torch.minimum(error, least)
-    return best
+    full = torch.stack([largest.abs() / (2 ** (bits - 1) - 1), -largest / 2 ** (bits - 1)])
+    clips = torch.tensor(CLIPS, device=groups.device).view(-1, *[1] * groups.ndim)
+    scales = _storable(full.where(full != 0, 1.0)[:, None] * clips).flatten(0, 1)
+    errors = _errors(groups, scales, torch.as_tensor(importance, dtype=groups.dtype, device=groups.device), bits)
+    return scales.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+@fused
+def _errors(groups: Tensor, scales: Tensor, importance: Tensor, bits: int) -> Tensor:
+    """The squared error of groups (..., size) by each of so many scales, (scales, ..., 1): shaped as those."""
+    error = round_symmetric(groups, scales, bits) - groups
+    return (error * error * importance).sum(-1, keepdim=True)
 
 
 def _storable(scale: Tensor) -> Tensor:
@@ -67,7 +73,7 @@ def _storable(scale: Tensor) -> Tensor:
 def round_symmetric(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """``x`` on the grid scale · {−2^(b−1), …, 2^(b−1) − 1}."""
     top = 2 ** (bits - 1)
-    return (x / scale).round_().clamp_(-top, top - 1).mul_(scale)
+    return (x / scale).round_().clamp_(-top, top - 1) * scale
 
 
 def spread(scales: Tensor, groupsize: int, like: Tensor) -> Tensor:
@@ -99,23 +105,37 @@ class Rounding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, clip: Tensor, bits: int) -> Tensor:
-        codes, scale = asymmetric_codes(x, bits, clip)
-        ctx.steps, out = 2**bits - 1, codes.mul_(scale)
-        ctx.save_for_backward(x, out, scale, clip)
-        return out
+        ctx.bits = bits
+        ctx.save_for_backward(x, clip)
+        return _rounded(x, clip, bits)
 
     @staticmethod
     def backward(ctx, slope: Tensor):
-        x, out, scale, clip = ctx.saved_tensors
-        error = out - x
-        below, above = error > 0.5001 * scale, error < -0.5001 * scale  # off the grid's ends
-        inside = slope.masked_fill(below | above, 0)
-        width = (inside * error).sum(-1, keepdim=True) / (scale * ctx.steps)
-        low, high = x.min(-1, keepdim=True), x.max(-1, keepdim=True)
-        at_low = ((slope * below).sum(-1, keepdim=True) - width) * (low.values < 0)
-        at_high = ((slope * above).sum(-1, keepdim=True) + width) * (high.values > 0)
-        by_x = inside.scatter_add(-1, low.indices, clip * at_low).scatter_add_(-1, high.indices, clip * at_high)
-        return by_x, (at_low * low.values + at_high * high.values).sum(), None
+        x, clip = ctx.saved_tensors
+        return *_slopes(x, clip, slope, ctx.bits), None
+
+
+@fused
+def _rounded(x: Tensor, clip: Tensor, bits: int) -> Tensor:
+    codes, scale = asymmetric_codes(x, bits, clip)
+    return codes * scale
+
+
+@fused
+def _slopes(x: Tensor, clip: Tensor, slope: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """The loss's slope by x and by clip, from its slope by what x was rounded to. Equal extremes share theirs."""
+    codes, scale = asymmetric_codes(x, bits, clip)
+    error = codes * scale - x
+    below, above = error > 0.5001 * scale, error < -0.5001 * scale  # off the grid's ends
+    inside = slope.where(~(below | above), 0)
+    width = (inside * error).sum(-1, keepdim=True) / (scale * (2**bits - 1))
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    at_low = ((slope * below).sum(-1, keepdim=True) - width) * (low < 0)
+    at_high = ((slope * above).sum(-1, keepdim=True) + width) * (high > 0)
+    is_low, is_high = x == low, x == high
+    by_x = inside + is_low * (clip * at_low / is_low.sum(-1, keepdim=True))
+    by_x = by_x + is_high * (clip * at_high / is_high.sum(-1, keepdim=True))
+    return by_x, (at_low * low + at_high * high).sum()
 
 
 def asymmetric_codes(x: Tensor, bits: int, clip: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
+from jqlib.precision import dtype_of_products
 from jqlib.transform.grids import OFF, quantize_activation
 from jqlib.transform.hadamard import hadamard_transform, transform_operations
 
@@ -116,11 +117,11 @@ class Transform(nn.Module):
 
     def simulate(self, x: Tensor) -> Tensor:
         """x with the error that rounding z makes, in x's own basis: what a built model computes, nothing merged."""
-        return self.undo(self.grid(self.apply(x))).to(x.dtype)
+        return self.undo(self.grid(self.apply(x))).to(dtype_of_products(x))
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.apply(x)
-        return (z if self.grid is None else self.grid(z)).to(x.dtype)
+        return (z if self.grid is None else self.grid(z)).to(dtype_of_products(x))
 
     def split(self) -> tuple["Transform", "Transform"]:
         """What is merged into the weights that write x, and what is left to run."""

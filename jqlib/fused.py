@@ -1,0 +1,37 @@
+"""Several passes over a large tensor made one, by torch.compile where a C++ compiler is at hand; else as written."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+LARGE = 2**16  # numbers; below it there is nothing to win
+
+
+def fused(function: Callable) -> Callable:
+    """``function`` of a tensor on the processor and more; its result may differ in the last digits once compiled."""
+    compiled, fails = None, False
+
+    @wraps(function)
+    def run(x: Tensor, *more):
+        nonlocal compiled, fails
+        if fails or x.numel() < LARGE or x.device.type != "cpu":
+            return function(x, *more)
+        try:
+            if compiled is None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch's own, about itself
+                    compiled = torch.compile(function, dynamic=True)
+                    return compiled(x, *more)
+            return compiled(x, *more)
+        except Exception as error:  # torch names no type for what its compilers may raise
+            fails = True
+            log.info("%s runs as it is written: torch.compile said %s", function.__name__, str(error).split("\n")[0])
+            return function(x, *more)
+
+    return run

@@ -1,0 +1,88 @@
+"""What takes hours, once, on the embedded model: ``make study`` writes figures/study.json, notebooks 05 and 06 show it.
+
+Every row is an artifact, and the file is written after each: a run that stops goes on where it was.
+"""
+
+import json
+import time
+from dataclasses import asdict, replace
+
+from jqlib import pipeline
+from jqlib.config import ROOT, Config, make_config
+from jqlib.recipes import RECIPES, Recipe
+from jqlib.store import git_commit, versions, write_json
+from jqlib.transform.grids import OFF
+
+PATH = ROOT / "figures" / "study.json"
+CONFIG = {"model": "smollm2-135m", "profile": "standard", "nsamples": 16, "step_tokens": 2048}
+SEEDS = range(3)
+BEST = RECIPES["jointquant-best"]
+TUNED = {name: replace(RECIPES[name], label=f"{RECIPES[name].label}, tuned", tune="scales")
+         for name in ("spinquant-like", "ostquant-like")}  # fmt: skip
+DECIDING = {name: RECIPES[name] for name in ("quarot-best", "jointquant-best", "control")}
+PEERS = {name: RECIPES[name] for name in ("quarot-tuned", "spinquant-like", "ostquant-like", "jointquant-online")}
+PEERS |= {f"{name}-tuned": recipe for name, recipe in TUNED.items()}
+WITHOUT = {
+    "R1 and norms' scales by the loss (Hadamard instead)": replace(BEST, r1="hadamard"),
+    "R2 by range (Hadamard instead)": replace(BEST, r2="hadamard"),
+    "smoothing of o and down": replace(BEST, smooth=(), refine=("R1", "R2", "scale", "clip")),
+    "refinement": replace(BEST, refine=()),
+    "rounded inputs in GPTQ": replace(BEST, gptq_inputs="fp"),
+    "GPTQ (to nearest instead)": replace(BEST, weights="rtn"),
+    "one grid per head at o_proj": replace(BEST, o_per_head=False),
+    "tuning": replace(BEST, tune=None),
+}
+EFFORTS = {"quarter": {"step_tokens": 512}, "double": {"step_tokens": 4096}}  # beside the study's own
+
+Plan = list[tuple[dict, Config, Recipe | None, int, int]]
+
+
+def plan() -> Plan:
+    """The rows: what each is about, and what `pipeline.evaluate` needs for it; the deciding ones first."""
+    config = make_config(CONFIG)
+    rows: Plan = [({"group": "FP", "method": "fp", "label": "FP"}, config, None, OFF, OFF)]
+
+    def add(group: str, recipes: dict[str, Recipe], w_bits: int = 4, a_bits: int = 4, **changes) -> None:
+        for name, recipe in recipes.items():
+            about = {"group": group, "method": name, "label": recipe.label}
+            rows.append((about, replace(config, **changes), recipe, w_bits, a_bits))
+
+    for seed in SEEDS:
+        add("methods", DECIDING, seed=seed)
+        if seed == 0:
+            add("methods", PEERS)
+            add("halves", {"jointquant-best": BEST}, 4, OFF)
+            add("halves", {"jointquant-best": BEST}, OFF, 4)
+            add("KV4", {"jointquant-best": BEST}, kv_bits=4)
+            add("without", WITHOUT)
+    for effort, changes in EFFORTS.items():
+        add(f"effort: {effort}", {name: RECIPES[name] for name in ("quarot-tuned", "jointquant-best")}, **changes)
+    everywhere = []
+    for about, config, *rest in rows:
+        everywhere.append((about, config, *rest))
+        if about["group"] != "without":  # and on text of another kind
+            everywhere.append((about, replace(config, eval_dataset="news"), *rest))
+    return everywhere
+
+
+def study(minutes: float | None = None) -> int:
+    """Make the rows that are missing, and begin none after so many ``minutes``. Returns how many are left."""
+    start, rows, planned = time.monotonic(), [], plan()
+    for i, (about, config, recipe, w_bits, a_bits) in enumerate(planned):
+        if minutes is not None and time.monotonic() - start > 60 * minutes:
+            return len(planned) - i
+        row = pipeline.evaluate(config, recipe, w_bits, a_bits)
+        told = {"seed": config.seed, "text": config.eval_dataset or "wiki", "step_tokens": config.step_tokens}
+        rows.append(about | told | row)
+        print(f"{i + 1}/{len(planned)} {about['label']} ({about['group']}, {told['text']}, seed {config.seed}): "
+              f"PPL {row['ppl']:.2f}, KL {row['kl']:.3f}", flush=True)  # fmt: skip
+        write_json(PATH, {
+            "config": asdict(make_config(CONFIG)), "protocol": pipeline.protocol(make_config(CONFIG)),
+            "versions": versions(), "git_commit": git_commit(), "rows": rows, "left": len(planned) - i - 1,
+        })  # fmt: skip
+    return 0
+
+
+def kept() -> dict:
+    """What `study` has written: its ``rows``, config, versions and commit."""
+    return json.loads(PATH.read_text())

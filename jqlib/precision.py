@@ -1,0 +1,25 @@
+"""The dtype of matrix products, where it may differ from the model's; norms, transforms, grids, losses keep theirs."""
+
+import torch
+
+from jqlib.choices import ComputeDtype
+
+
+def products_dtype(choice: ComputeDtype, device: str | torch.device) -> torch.dtype:
+    """What ``choice`` means on a device; "auto": bfloat16 on GPUs and on processors that multiply it (AMX, AVX512)."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    can = torch.cpu.get_capabilities()
+    fast = torch.device(device).type != "cpu" or can.get("amx_bf16") or can.get("avx512_bf16")
+    return torch.bfloat16 if fast else torch.float32
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Within it products are in bfloat16, if that is the dtype; else as the model has them."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def dtype_of_products(x: torch.Tensor) -> torch.dtype:
+    """What linears cast x to before they multiply: autocast's dtype, or x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
