@@ -7,8 +7,11 @@ import json
 import time
 from dataclasses import asdict, replace
 
+import pandas as pd
+
 from jqlib import pipeline
 from jqlib.config import ROOT, Config, make_config
+from jqlib.lab import compare
 from jqlib.recipes import RECIPES, Recipe
 from jqlib.store import git_commit, versions, write_json
 from jqlib.transform.grids import OFF
@@ -44,7 +47,7 @@ def plan() -> Plan:
 
     def add(group: str, recipes: dict[str, Recipe], w_bits: int = 4, a_bits: int = 4, **changes) -> None:
         for name, recipe in recipes.items():
-            about = {"group": group, "method": name, "label": recipe.label}
+            about = {"group": group, "method": name, "label": name if group == "without" else recipe.label}
             rows.append((about, replace(config, **changes), recipe, w_bits, a_bits))
 
     for seed in SEEDS:
@@ -85,4 +88,26 @@ def study(minutes: float | None = None) -> int:
 
 def kept() -> dict:
     """What `study` has written: its ``rows``, config, versions and commit."""
-    return json.loads(PATH.read_text())
+    return json.loads(PATH.read_text(encoding="utf-8"))
+
+
+def shares(rows: list[dict]) -> pd.DataFrame:
+    """The rows with ``gap``, ln(PPL/FP), and the share of QuaRot's gap that each closes: "share, PPL", "share, KL".
+
+    QuaRot's is that of the same seed and text, of the study's own effort.
+    """
+    fp = {row["text"]: row for row in rows if row["method"] == "fp"}
+    base = {
+        (row["text"], row["seed"]): row for row in rows if (row["method"], row["group"]) == ("quarot-best", "methods")
+    }
+    found = []
+    for row in rows:
+        zero, start = fp[row["text"]], base.get((row["text"], row["seed"]))
+        about = {
+            name: row[name] for name in ("group", "method", "label", "seed", "text", "w_bits", "a_bits", "kv_bits")
+        }
+        about |= {name: row[name] for name in ("ppl", "kl", "top1")} | {"gap": compare.difference(row, zero).value}
+        for by, name in (("ppl", "share, PPL"), ("kl", "share, KL")) if start and row is not zero else ():
+            about[name], about[f"{name}, low"], about[f"{name}, high"] = compare.share(row, start, zero, by)
+        found.append(about | {"minutes": row["calibration_seconds"] / 60, "step_tokens": row["step_tokens"]})
+    return pd.DataFrame(found)

@@ -1,0 +1,64 @@
+"""The study: its rows are what it says, it stops when told and goes on, and its shares are the tables'."""
+
+from dataclasses import replace
+
+import pytest
+
+from jqlib import pipeline
+from jqlib.lab import compare, study
+from jqlib.recipes import RECIPES
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Four rows of numbers that are made up at once, and a file of its own."""
+    made = []
+
+    def evaluate(config, recipe, w_bits, a_bits):
+        made.append((config.seed, recipe))
+        level = 0.0 if recipe is None else 1.0 if recipe.label == RECIPES["quarot-best"].label else 0.25
+        nll = [3.0 + level, 3.2 + level, 2.9 + level]
+        return {"nll": nll, "kl_by_window": [level] * 3, "articles": [0, 1, 2], "ppl": 20.0, "kl": level, "top1": 0.7,
+                "calibration_seconds": 60.0, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": 16}  # fmt: skip
+
+    whole = study.plan()
+    monkeypatch.setattr(study, "plan", lambda: [row for row in whole if row[1].eval_dataset is None][:4])
+    monkeypatch.setattr(study, "PATH", tmp_path / "study.json")
+    monkeypatch.setattr(pipeline, "evaluate", evaluate)
+    monkeypatch.setattr(pipeline, "protocol", lambda config: {})
+    return made
+
+
+def test_the_plan_has_every_row_once_and_the_deciding_ones_for_every_seed():
+    keys = [(about["group"], about["label"], repr(recipe), *map(str, rest), repr(config))
+            for about, config, recipe, *rest in study.plan()]  # fmt: skip
+    assert len({*keys}) == len(keys)
+    seeds = {(about["method"], config.seed, config.eval_dataset) for about, config, *_ in study.plan()}
+    assert {(name, seed, text) for name in study.DECIDING for seed in range(3) for text in (None, "news")} <= seeds
+
+
+def test_leaving_one_part_out_changes_one_part():
+    for label, recipe in study.WITHOUT.items():
+        changed = {name for name in vars(recipe) if vars(recipe)[name] != vars(study.BEST)[name]}
+        assert len(changed - {"refine"}) + ("refine" in changed and "smooth" not in changed) == 1, label
+
+
+def test_peers_get_our_last_stage_in_rows_of_their_own():
+    for name, recipe in study.TUNED.items():
+        assert replace(recipe, label=RECIPES[name].label, tune=None) == RECIPES[name]
+
+
+def test_it_stops_when_told_and_goes_on(small):
+    assert study.study(minutes=0) == 4
+    assert study.study() == 0
+    assert [row["method"] for row in study.kept()["rows"]] == ["fp", "quarot-best", "jointquant-best", "control"]
+    assert study.kept()["left"] == 0
+
+
+def test_shares_are_those_of_the_tables(small):
+    study.study()
+    rows = study.kept()["rows"]
+    table = study.shares(rows).set_index("method")
+    assert table.loc["jointquant-best", "share, PPL"] == pytest.approx(compare.share(rows[2], rows[1], rows[0]).value)
+    assert table.loc["jointquant-best", "share, KL"] == pytest.approx(0.75)
+    assert table.loc["quarot-best", "share, PPL"] == pytest.approx(0)
