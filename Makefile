@@ -28,7 +28,7 @@ bench: .venv/made
 	$(BIN)/python tests/bench/speed.py
 	$(BIN)/python tests/bench/stages.py
 
-# figures/study.json, which notebooks 05 and 06 show: hours; goes on where it stopped. MINUTES=140: begins no row after them
+# figures/study.json: hours; goes on where it stopped. MINUTES=140: begins no row after them
 study: .venv/made
 	$(BIN)/python -m jqlib study $(if $(MINUTES),--minutes $(MINUTES))
 

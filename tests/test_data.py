@@ -249,7 +249,7 @@ def test_splits_have_hardly_a_sentence_in_common(tokenizer):
 
 def test_news_is_text_that_nothing_learns_from(tiny_tokenizer):
     validation, test = (load_articles("news", split) for split in ("validation", "test"))
-    assert (len(validation), len(test)) == (100, 200)
+    assert (len(validation), len(test)) == (150, 150)
     assert validation[0].startswith(
         "Hundreds of people have been forced to vacate their homes in the Southern Highlands"
     )

