@@ -34,11 +34,11 @@ from jqlib.learn.activations import Moments, collect_activations
 from jqlib.learn.lessons import Lessons
 from jqlib.learn.tune import tune
 from jqlib.model.evaluate import Reference, evaluate_windows, last_hidden
-from jqlib.model.families import linears_of, site_targets
+from jqlib.model.families import site_targets
 from jqlib.model.load import get_tokenizer
 from jqlib.precision import products_dtype
 from jqlib.quant.kv_cache import quantize_kv_cache
-from jqlib.quant.packed import pack_weights, unpack_weights
+from jqlib.quant.packed import pack_weights, scales_of, unpack_weights
 from jqlib.quant.quantize import round_inputs, round_weights
 from jqlib.quant.spare import spare
 from jqlib.recipes import RECIPES, SMOOTHED_BY_CHOICE, Recipe
@@ -103,35 +103,30 @@ def _quantised(s, found: Made, weights: Made | None, tuned: Made | None, w_bits:
     """The model of a row of the table."""
     model, grids = _built(s, found, a_bits)
     if weights:
-        moved = {name: tensor for name, tensor in tuned[0].items() if "|" in name} if tuned else {}
-        unpack_weights(model, weights[0] | moved, w_bits, s.w_groupsize)
+        codes, moved = weights[0], tuned[0] if tuned else {}
+        scales = {name: tensor for name, tensor in moved.items() if name.endswith("|scale")}
+        unpack_weights(model, codes | scales, w_bits, s.w_groupsize)
     round_inputs(model, grids)
     if kv_bits < OFF:
         quantize_kv_cache(model, kv_bits)
     done(model).add("quantised")
     if tuned:
-        model.load_state_dict({name: tensor for name, tensor in tuned[0].items() if "|" not in name}, strict=False)
+        model.load_state_dict({k: v for k, v in tuned[0].items() if not k.endswith("|scale")}, strict=False)
     return model
 
 
 def tuned_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Artifact:
-    """What tuning moves: the codes of weights, the scales of their groups, the norms' gains, the clips."""
+    """What tuning moves: the scales of weight groups, the norms' gains, the clips."""
     kv_bits = config.kv_bits
 
     def make(s, found: Made, weights: Made, lessons: Made, *, resume, keep) -> Made:
         model = _quantised(s, found, weights, None, w_bits, a_bits, kv_bits)
-        exact = None
-        if recipe.tune == "codes":
-            exact = {name: linear.weight for name, linear in linears_of(_built(s, found)[0]).items()}
-        tune(model, Lessons(**lessons[0]), steps_of(s, 1, keep=keep, resume=resume), exact)
-        return pack_weights(model) | {
-            name: tensor for name, tensor in model.state_dict().items() if tensor.ndim < 2
-        }, {}
+        tune(model, Lessons(**lessons[0]), steps_of(s, 1, keep=keep, resume=resume))
+        return scales_of(model) | {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim < 2}, {}
 
     names = (*LESSONS, "w_groupsize", "kv_bits")
     inputs = transforms_step(config, recipe), weights_step(config, recipe, w_bits, a_bits), lessons_step(config)
-    does = {"w_bits": w_bits, "a_bits": a_bits, "tune": recipe.tune}
-    return artifact_of(tuned_step, config, names, make, *inputs, resumable=True, **does)
+    return artifact_of(tuned_step, config, names, make, *inputs, resumable=True, w_bits=w_bits, a_bits=a_bits)
 
 
 def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int, spared: dict) -> Artifact:
@@ -147,7 +142,8 @@ def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: 
         got = dict(zip(inputs, found, strict=True))
         parts = [got.get(name) for name in ("transforms", "weights", "tuned")]
         model = _quantised(s, *parts, w_bits, a_bits, kv_bits) if recipe else load_model(s)
-        spare(model, **spared) if spared else None
+        if spared:
+            spare(model, **spared)
         dtype = products_dtype(s.eval_compute_dtype, s.device)
         ppl = evaluate_windows(model, evaluation_windows(s), s.device, Reference(**fp[0]), dtype)
         speed = {"tokens_a_second": len(ppl.nll) * s.eval_seqlen / ppl.seconds}

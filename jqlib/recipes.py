@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from jqlib.choices import GptqInputs, Measure, Objective, Tune, Weights
+from jqlib.choices import GptqInputs, Measure, Objective, Weights
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Recipe:
     measure: Measure = "max"  # what smoothing goes by
     gptq_inputs: GptqInputs = "fp"
     refine: tuple[str, ...] = ()  # what is learned end to end before the weights are rounded
-    tune: Tune | None = None  # end to end, after: scales, gains and clips, or codes too
+    tune: bool = False  # end to end, after
 
     def __post_init__(self):
         kinds = {"R2", "smooth", "clip"} | ({"R1", "scale"} if self.r1 else set())
@@ -44,14 +44,14 @@ DARTQUANT = Recipe(
 JOINTQUANT = Recipe("JointQuant", "mm", "mm", R4, smooth=("o", "down"), a_clip=0.9, o_per_head=True)
 BEST = replace(
     JOINTQUANT, label="JointQuant, best", r1="output", objective="range", weights="gptq", measure="l2",
-    gptq_inputs="quantised", refine=("R1", "R2", "scale", "smooth", "clip"), tune="scales",
+    gptq_inputs="quantised", refine=("R1", "R2", "scale", "smooth", "clip"), tune=True,
 )  # fmt: skip
 RECIPES = {
     "rtn": Recipe("RTN"),
     "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
     "quarot": QUAROT,
     "quarot-best": QUAROT_BEST,
-    "quarot-tuned": replace(QUAROT_BEST, label="QuaRot, best, tuned", tune="scales"),
+    "quarot-tuned": replace(QUAROT_BEST, label="QuaRot, best, tuned", tune=True),
     "hadamard-online": Recipe("Hadamard online everywhere", online=EVERYWHERE, a_clip=0.9),
     "dartquant": DARTQUANT,
     "dartquant-r2": replace(DARTQUANT, label="DartQuant (R2 as meant)", r2="sgd"),

@@ -123,7 +123,7 @@ def test_a_refinement_is_for_the_bits_of_the_run(config):
 def test_tuning_shares_the_refinement_and_leaves_nothing_unfinished(config, monkeypatch):
     monkeypatch.setattr("jqlib.learn.steps.KEEP_EVERY", 2)
     tuned = pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)
-    plain = pipeline.evaluate(config, replace(RECIPES["jointquant-best"], tune=None), 4, 4)
+    plain = pipeline.evaluate(config, replace(RECIPES["jointquant-best"], tune=False), 4, 4)
     assert tuned["ppl"] != plain["ppl"]
     kinds = kinds_of(config)
     assert "unfinished" not in kinds

@@ -45,7 +45,7 @@ def test_leaving_one_part_out_changes_one_part():
 
 def test_peers_get_our_last_stage_in_rows_of_their_own():
     for name, recipe in study.TUNED.items():
-        assert replace(recipe, label=RECIPES[name].label, tune=None) == RECIPES[name]
+        assert replace(recipe, label=RECIPES[name].label, tune=False) == RECIPES[name]
 
 
 def test_it_stops_when_told_and_goes_on(small):

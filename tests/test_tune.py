@@ -81,35 +81,6 @@ def test_gradients_of_scales_against_finite_differences(tiny_model, tokens):
         assert form.factor.grad[i, j].item() == pytest.approx((sides[0] - sides[1]) / 6e-2, rel=0.03)
 
 
-def test_the_slope_of_a_place_is_that_of_its_weight(tiny_model, tokens):
-    """Straight through: as if the weight moved by what its place moves, in units of its scale."""
-    lessons, first = teach(tiny_model(), tokens(1, 16)), torch.tensor([0])
-    model, exact = tiny_model(), tiny_model()
-    quantize_model(model, 3, 16, 20)
-    linear = model.get_submodule(site_targets(model, "down")[0])
-    lessons.loss(model.requires_grad_(), first).backward()
-    expected = linear.weight.grad * spread(linear.grid.scale.float(), 20, linear.weight)
-    form = OnGrid(linear, exact.get_submodule(site_targets(model, "down")[0]).weight)
-    torch.nn.utils.parametrize.register_parametrization(linear, "weight", form, unsafe=True)
-    lessons.loss(model, first).backward()
-    outside = (form.place <= -4.5) | (form.place >= 3.5)  # where the grid ends nothing moves
-    torch.testing.assert_close(form.place.grad, expected.masked_fill(outside, 0), rtol=1e-3, atol=1e-7)
-
-
-def test_codes_learn_from_where_weights_lay(quantised, tiny_model, tokens):
-    model, lessons, exact = quantised(), teach(tiny_model(), tokens(4, 64)), linears_of(tiny_model())
-    before, first = {name: codes_of(linear) for name, linear in linears_of(model).items()}, total(model, lessons)
-    form = OnGrid(linears_of(model)[site_targets(model, "down")[0]], exact[site_targets(model, "down")[0]].weight)
-    assert torch.equal(form.ends()[0], linears_of(model)[site_targets(model, "down")[0]].weight)  # it starts as it was
-    scales_alone = quantised()
-    tune(scales_alone, lessons, Steps(40))
-    tune(model, lessons, Steps(40), {name: linear.weight for name, linear in exact.items()})
-    assert total(model, lessons) < total(scales_alone, lessons) < first
-    flipped = [(codes_of(linear) != before[name]).float().mean().item() for name, linear in linears_of(model).items()]
-    assert all(0 < share < 0.3 for share in flipped)
-    assert all(codes_of(linear).abs().max() <= 8 for linear in linears_of(model).values())
-
-
 def test_an_interrupted_one_goes_on_as_if_nothing_had_been(quantised, tiny_model, tokens, monkeypatch):
     monkeypatch.setattr(steps, "KEEP_EVERY", 2)
     lessons, kept = teach(tiny_model(), tokens(4, 64)), []

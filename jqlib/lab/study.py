@@ -20,7 +20,7 @@ PATH = ROOT / "figures" / "study.json"
 CONFIG = {"model": "smollm2-135m", "profile": "standard", "nsamples": 16, "step_tokens": 2048}
 SEEDS = range(3)
 BEST = RECIPES["jointquant-best"]
-TUNED = {name: replace(RECIPES[name], label=f"{RECIPES[name].label}, tuned", tune="scales")
+TUNED = {name: replace(RECIPES[name], label=f"{RECIPES[name].label}, tuned", tune=True)
          for name in ("spinquant-like", "ostquant-like")}  # fmt: skip
 DECIDING = {name: RECIPES[name] for name in ("quarot-best", "jointquant-best", "control")}
 PEERS = {name: RECIPES[name] for name in ("quarot-tuned", "spinquant-like", "ostquant-like", "jointquant-online")}
@@ -33,7 +33,7 @@ WITHOUT = {
     "rounded inputs in GPTQ": replace(BEST, gptq_inputs="fp"),
     "GPTQ (to nearest instead)": replace(BEST, weights="rtn"),
     "one grid per head at o_proj": replace(BEST, o_per_head=False),
-    "tuning": replace(BEST, tune=None),
+    "tuning": replace(BEST, tune=False),
 }
 EFFORTS = {"quarter": {"step_tokens": 512}, "double": {"step_tokens": 4096}}  # beside the study's own
 
