@@ -1,5 +1,5 @@
-# make workbook: the six notebooks on the embedded model.   make test: all tests.   make bench: timings, as ratios.   make study: what takes hours.
-# Each makes .venv first when it is missing. PYTHON chooses the interpreter (3.11 or newer).
+# make workbook: the six notebooks on the embedded model.   make test: all tests.   make bench: timings, as ratios.
+# make study: what takes hours.   Each makes .venv first when it is missing. PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = notebooks

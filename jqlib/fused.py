@@ -27,7 +27,7 @@ def fused(function: Callable) -> Callable:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # torch's own, about itself
                     compiled = torch.compile(function, dynamic=True)
-                    return compiled(x, *more)
+                    return compiled(x, *more)  # it is compiled now
             return compiled(x, *more)
         except Exception as error:  # torch names no type for what its compilers may raise
             fails = True

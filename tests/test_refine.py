@@ -33,11 +33,8 @@ def start(tiny_model, tokens):
         scales = compute_simple_smooth_scale(model, windows, sites=sites)
         grids = {n: Grid(bits, clip, D if p.kind == "o" else None) for n, p in sites_of(model).items()}
         kinds = ("qkv", "ug", "down") if online else ("down",)
-        return (
-            model,
-            teach(model, windows),
-            transforms_of(model, None if online else R1, R2, scales, online=kinds, grids=grids),
-        )
+        transforms = transforms_of(model, None if online else R1, R2, scales, online=kinds, grids=grids)
+        return model, teach(model, windows), transforms
 
     return make
 

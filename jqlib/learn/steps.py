@@ -4,6 +4,7 @@ Rates, numbers of steps and the noise of weights in these stages, and the clip o
 and "Aristotle", which are validation text (`embedded`); so is all that we choose (``--eval_split``).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def minimise_by_steps(
             optimiser.zero_grad()
             pieces = order[torch.arange(step * size, (step + 1) * size) % len(ids)]
             loss = sum(_backward(loss_of(some), len(some) / size) for some in pieces.split(TOGETHER))
-            if not loss - loss == 0:
+            if not math.isfinite(loss):
                 raise FloatingPointError(f"{label}: the loss turned {loss} at step {step}")
             for group in optimiser.param_groups:
                 group["lr"] = rates[group["kind"]] * min(1, (step + 1) / 5) * (1 - step / steps.count)
