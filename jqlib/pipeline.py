@@ -29,16 +29,18 @@ from jqlib.inputs import (
     load_calibration,
     load_model,
     steps_of,
+    text_for,
 )
 from jqlib.learn.activations import Moments, collect_activations
-from jqlib.learn.lessons import Lessons
+from jqlib.learn.layerwise import round_layer_by_layer
+from jqlib.learn.lessons import Lessons, cut
 from jqlib.learn.tune import tune
 from jqlib.model.evaluate import Reference, evaluate_windows, last_hidden
-from jqlib.model.families import site_targets
+from jqlib.model.families import linears_of, site_targets
 from jqlib.model.load import get_tokenizer
 from jqlib.precision import products_dtype
 from jqlib.quant.kv_cache import quantize_kv_cache
-from jqlib.quant.packed import pack_weights, scales_of, unpack_weights
+from jqlib.quant.packed import pack_weights, scales_of, unpack_weights, vectors_of
 from jqlib.quant.quantize import round_inputs, round_weights
 from jqlib.quant.spare import spare
 from jqlib.recipes import RECIPES, SMOOTHED_BY_CHOICE, Recipe
@@ -73,45 +75,51 @@ def transformed(config: Config, recipe: Recipe | None):
     return load_model(config) if recipe is None else _built(config, transforms_step(config, recipe).get())[0]
 
 
-def _built(s, made: Made, a_bits: int = OFF) -> tuple[nn.Module, dict[str, Grid]]:
-    """The fresh model with these transforms merged, and the grids that they end in, at these bits."""
+def _built(s, made: Made, a_bits: int = OFF, weights: Made | None = None) -> tuple[nn.Module, dict[str, Grid]]:
+    """The fresh model with these transforms merged, and the grids that they end in, at these bits.
+
+    Those of its linears that have rounded ``weights`` wait for them.
+    """
     model, found = load_model(s), unpacked(made[0], made[1]["layouts"])
     grids = {name: transform.grid for name, transform in found.items()}
     for transform in found.values():
         transform.grid.bits, transform.grid = a_bits, None
-    build(model, {name: transform.to(model.device) for name, transform in found.items()})
+    replaced = [linear for name, linear in linears_of(model).items() if weights and f"{name}|codes" in weights[0]]
+    build(model, {name: transform.to(model.device) for name, transform in found.items()}, replaced)
     return model, grids
 
 
 def weights_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Artifact:
-    """The rounded weights: integer codes and scales."""
+    """The rounded weights: integer codes and scales; learned layer by layer, the norms' gains and the clips too."""
     kind = recipe.weights or config.weights
+    learns = recipe.layerwise and config.refine_steps > 0
     inputs_as = recipe.gptq_inputs if kind == "gptq" and a_bits < OFF else "fp"
 
-    def make(s, found: Made) -> Made:
+    def make(s, found: Made, *, resume, keep) -> Made:
         model, grids = _built(s, found, a_bits)
+        if learns:
+            pieces = cut(text_for(s, s.refine_steps * s.step_tokens))
+            round_layer_by_layer(model, pieces, w_bits, s.w_groupsize, grids, steps_of(s, 2, keep=keep, resume=resume))
+            return pack_weights(model) | vectors_of(model), {}
         calib_data = load_calibration(s) if kind == "gptq" else None
         round_weights(model, w_bits, s.w_groupsize, kind, calib_data, inputs_as, grids)
         return pack_weights(model), {}
 
-    names = (*MODEL, "w_groupsize", *(TEXT if kind == "gptq" else ()))
-    does = {"weights": kind, "w_bits": w_bits, "gptq_inputs": inputs_as, "a_bits": a_bits if inputs_as != "fp" else OFF}
-    return artifact_of(weights_step, config, names, make, transforms_step(config, recipe), **does)
+    names = (*(LESSONS if learns else (*MODEL, *(TEXT if kind == "gptq" else ()))), "w_groupsize")
+    does = {"weights": kind, "w_bits": w_bits, "a_bits": a_bits if learns or inputs_as != "fp" else OFF}
+    does |= {"layerwise": True} if learns else {"gptq_inputs": inputs_as}
+    return artifact_of(weights_step, config, names, make, transforms_step(config, recipe), resumable=True, **does)
 
 
 def _quantised(s, found: Made, weights: Made | None, tuned: Made | None, w_bits: int, a_bits: int, kv_bits: int):
     """The model of a row of the table."""
-    model, grids = _built(s, found, a_bits)
-    if weights:
-        codes, moved = weights[0], tuned[0] if tuned else {}
-        scales = {name: tensor for name, tensor in moved.items() if name.endswith("|scale")}
-        unpack_weights(model, codes | scales, w_bits, s.w_groupsize)
+    model, grids = _built(s, found, a_bits, weights)
     round_inputs(model, grids)
     if kv_bits < OFF:
         quantize_kv_cache(model, kv_bits)
+    if weights:
+        unpack_weights(model, weights[0] | (tuned[0] if tuned else {}), w_bits, s.w_groupsize)
     done(model).add("quantised")
-    if tuned:
-        model.load_state_dict({k: v for k, v in tuned[0].items() if not k.endswith("|scale")}, strict=False)
     return model
 
 
@@ -122,7 +130,7 @@ def tuned_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Arti
     def make(s, found: Made, weights: Made, lessons: Made, *, resume, keep) -> Made:
         model = _quantised(s, found, weights, None, w_bits, a_bits, kv_bits)
         tune(model, Lessons(**lessons[0]), steps_of(s, 1, keep=keep, resume=resume))
-        return scales_of(model) | {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim < 2}, {}
+        return scales_of(model) | vectors_of(model), {}
 
     names = (*LESSONS, "w_groupsize", "kv_bits")
     inputs = transforms_step(config, recipe), weights_step(config, recipe, w_bits, a_bits), lessons_step(config)

@@ -24,9 +24,12 @@ class Recipe:
     measure: Measure = "max"  # what smoothing goes by
     gptq_inputs: GptqInputs = "fp"
     refine: tuple[str, ...] = ()  # what is learned end to end before the weights are rounded
+    layerwise: bool = False  # by GPTQ, and each layer learns when it is rounded
     tune: bool = False  # end to end, after
 
     def __post_init__(self):
+        if self.layerwise and self.weights != "gptq":
+            raise ValueError(f"recipe {self.label!r}: layerwise learning begins where GPTQ ends: weights='gptq'")
         kinds = {"R2", "smooth", "clip"} | ({"R1", "scale"} if self.r1 else set())
         if not {*self.refine} <= kinds or (self.refine and self.r1 and {"qkv", "ug"} & {*self.smooth}):
             raise ValueError(
@@ -44,14 +47,14 @@ DARTQUANT = Recipe(
 JOINTQUANT = Recipe("JointQuant", "mm", "mm", R4, smooth=("o", "down"), a_clip=0.9, o_per_head=True)
 BEST = replace(
     JOINTQUANT, label="JointQuant, best", r1="output", objective="range", weights="gptq", measure="l2",
-    gptq_inputs="quantised", refine=("R1", "R2", "scale", "smooth", "clip"), tune=True,
+    gptq_inputs="quantised", refine=("R1", "R2", "scale", "smooth", "clip"), layerwise=True, tune=True,
 )  # fmt: skip
 RECIPES = {
     "rtn": Recipe("RTN"),
     "smoothquant": Recipe("SmoothQuant", smooth=("qkv", "ug")),
     "quarot": QUAROT,
     "quarot-best": QUAROT_BEST,
-    "quarot-tuned": replace(QUAROT_BEST, label="QuaRot, best, tuned", tune=True),
+    "quarot-learned": replace(QUAROT_BEST, label="QuaRot, best, learned", layerwise=True, tune=True),
     "hadamard-online": Recipe("Hadamard online everywhere", online=EVERYWHERE, a_clip=0.9),
     "dartquant": DARTQUANT,
     "dartquant-r2": replace(DARTQUANT, label="DartQuant (R2 as meant)", r2="sgd"),

@@ -114,6 +114,7 @@ STEPS_OF_A_RUN = (activations_step, r1_step, r1_output_step, r2_step, smooth_ste
     ("jqlib.learn.fisher", {r1_output_step}),
     ("jqlib.learn.refine", {r1_output_step, transforms_step}),
     ("jqlib.quant.gptq", {weights_step, tuned_step, evaluation_step}),  # the last two round too, by quant.quantize
+    ("jqlib.learn.layerwise", {weights_step}),
     ("jqlib.learn.tune", {tuned_step}),
     ("jqlib.model.evaluate", {evaluation_step, fp_hidden_step}),
     ("jqlib.model.families", set(STEPS_OF_A_RUN)),

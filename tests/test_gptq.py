@@ -65,7 +65,7 @@ def test_never_worse_than_rtn_in_its_own_metric(bits, groupsize):
 @pytest.mark.parametrize("groupsize", [7, 16, 128])
 def test_values_lie_on_each_groups_grid(groupsize):
     W, H = problem()
-    rounded, scales = gptq(W, H, 4, groupsize)
+    rounded, scales, _ = gptq(W, H, 4, groupsize)
     assert torch.equal(scales, scales.half().float())  # as a file holds them
     groups = rounded.split(groupsize, dim=1)
     assert scales.shape == (len(W), len(groups))
@@ -77,7 +77,7 @@ def test_values_lie_on_each_groups_grid(groupsize):
 
 def test_blocks_of_columns_change_nothing(monkeypatch):
     W, H = problem(columns=96, tokens=400)
-    whole, _ = gptq(W, H)
+    whole = gptq(W, H)[0]
     monkeypatch.setattr("jqlib.quant.gptq.BLOCK", 5)
     torch.testing.assert_close(gptq(W, H)[0], whole, rtol=1e-4, atol=1e-4)
 
@@ -88,7 +88,7 @@ def test_poor_hessians(kind):
     x = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
     alive = (torch.arange(40) % 2).float()
     H = {"one token": x.T @ x, "dead channels": H * alive * alive[:, None], "zero": 0 * H}[kind]
-    rounded, _ = gptq(W, H, 4, 16)
+    rounded = gptq(W, H, 4, 16)[0]
     assert torch.isfinite(rounded).all()
     assert (output_error(rounded - W, H) <= output_error(quantize_weight(W, 4, 16) - W, H) + 1e-4).all()
 
@@ -118,7 +118,7 @@ def test_sequential_hessians_on_a_rotated_model(tiny_model, tokens, orthogonal):
     for window in windows:
         half(window[None])
     X = torch.cat(inputs)
-    expected, _ = gptq(target.weight, X.T @ X, 4, 16)
+    expected = gptq(target.weight, X.T @ X, 4, 16)[0]
     torch.testing.assert_close(model.get_submodule("model.layers.1.mlp.down_proj").weight, expected)
 
 
@@ -196,7 +196,7 @@ def test_correction_goes_site_by_site(tiny_model, tokens):
 
     X, Xq = inputs_of(before), inputs_of(model)
     W = before.get_submodule(target).weight
-    expected, _ = gptq(corrected(W, Xq.T @ Xq, (X - Xq).T @ Xq, windows.numel()), Xq.T @ Xq, 4, 16)
+    expected = gptq(corrected(W, Xq.T @ Xq, (X - Xq).T @ Xq, windows.numel()), Xq.T @ Xq, 4, 16)[0]
     torch.testing.assert_close(model.get_submodule(target).weight, expected)
 
 

@@ -131,7 +131,7 @@ def test_tuning_shares_the_refinement_and_leaves_nothing_unfinished(config, monk
 
 
 def test_tuned_rows_and_rows_of_a_rounded_kv_cache_share_their_weights(config):
-    tuned = pipeline.evaluate(config, RECIPES["quarot-tuned"], 4, 4)
+    tuned = pipeline.evaluate(config, replace(RECIPES["quarot-best"], tune=True), 4, 4)
     rounded = pipeline.evaluate(replace(config, kv_bits=4), RECIPES["quarot-best"], 4, 4)
     assert tuned["ppl"] != rounded["ppl"]
     kinds = kinds_of(config)

@@ -43,9 +43,9 @@ def test_leaving_one_part_out_changes_one_part():
         assert len(changed - {"refine"}) + ("refine" in changed and "smooth" not in changed) == 1, label
 
 
-def test_peers_get_our_last_stage_in_rows_of_their_own():
-    for name, recipe in study.TUNED.items():
-        assert replace(recipe, label=RECIPES[name].label, tune=False) == RECIPES[name]
+def test_peers_get_our_last_stages_in_rows_of_their_own():
+    for name, recipe in study.LEARNED.items():
+        assert replace(recipe, label=RECIPES[name].label, layerwise=False, tune=False) == RECIPES[name]
 
 
 def test_it_stops_when_told_and_goes_on(small):

@@ -6,8 +6,9 @@ import torch
 from jqlib import quantize_model
 from jqlib.learn import steps
 from jqlib.learn.lessons import teach
+from jqlib.learn.rounded import OnGrid
 from jqlib.learn.steps import Steps
-from jqlib.learn.tune import OnGrid, tune
+from jqlib.learn.tune import tune
 from jqlib.model.families import linears_of, site_targets
 from jqlib.quant.packed import codes_of
 from jqlib.transform.build import standing

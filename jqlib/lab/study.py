@@ -20,18 +20,18 @@ PATH = ROOT / "figures" / "study.json"
 CONFIG = {"model": "smollm2-135m", "profile": "standard", "nsamples": 16, "step_tokens": 2048}
 SEEDS = range(3)
 BEST = RECIPES["jointquant-best"]
-TUNED = {name: replace(RECIPES[name], label=f"{RECIPES[name].label}, tuned", tune=True)
-         for name in ("spinquant-like", "ostquant-like")}  # fmt: skip
+LEARNED = {name: replace(RECIPES[name], label=f"{RECIPES[name].label}, learned", layerwise=True, tune=True)
+           for name in ("spinquant-like", "ostquant-like")}  # fmt: skip
 DECIDING = {name: RECIPES[name] for name in ("quarot-best", "jointquant-best", "control")}
-PEERS = {name: RECIPES[name] for name in ("quarot-tuned", "spinquant-like", "ostquant-like", "jointquant-online")}
-PEERS |= {f"{name}-tuned": recipe for name, recipe in TUNED.items()}
+PLAIN = {name: RECIPES[name] for name in ("rtn", "smoothquant", "quarot", "dartquant", "jointquant", "hadamard-online")}
+PEERS = {name: RECIPES[name] for name in ("quarot-learned", "spinquant-like", "ostquant-like", "jointquant-online")}
+PEERS |= {f"{name}-learned": recipe for name, recipe in LEARNED.items()}
 WITHOUT = {
     "R1 and norms' scales by the loss (Hadamard instead)": replace(BEST, r1="hadamard"),
     "R2 by range (Hadamard instead)": replace(BEST, r2="hadamard"),
     "smoothing of o and down": replace(BEST, smooth=(), refine=("R1", "R2", "scale", "clip")),
     "refinement": replace(BEST, refine=()),
-    "rounded inputs in GPTQ": replace(BEST, gptq_inputs="fp"),
-    "GPTQ (to nearest instead)": replace(BEST, weights="rtn"),
+    "learning layer by layer": replace(BEST, layerwise=False),
     "one grid per head at o_proj": replace(BEST, o_per_head=False),
     "tuning": replace(BEST, tune=False),
 }
@@ -53,13 +53,14 @@ def plan() -> Plan:
     for seed in SEEDS:
         add("methods", DECIDING, seed=seed)
         if seed == 0:
-            add("methods", PEERS)
-            add("halves", {"jointquant-best": BEST}, 4, OFF)
             add("halves", {"jointquant-best": BEST}, OFF, 4)
             add("KV4", {"jointquant-best": BEST}, kv_bits=4)
+            add("methods", PLAIN)
+            add("halves", {"jointquant-best": BEST}, 4, OFF)
+            add("methods", PEERS)
             add("without", WITHOUT)
     for effort, changes in EFFORTS.items():
-        add(f"effort: {effort}", {name: RECIPES[name] for name in ("quarot-tuned", "jointquant-best")}, **changes)
+        add(f"effort: {effort}", {name: RECIPES[name] for name in ("quarot-learned", "jointquant-best")}, **changes)
     everywhere = []
     for about, config, *rest in rows:
         everywhere.append((about, config, *rest))

@@ -24,14 +24,19 @@ class Step:
     arguments: dict = field(repr=False)
     done: bool = False
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self) -> None:
         """Take the hidden states through the layer, window by window: they are the next layer's then."""
         self.done = True
         for i, x in enumerate(self.hidden):
-            self.hidden[i] = _run(self.layer, x, self.arguments)
+            self.hidden[i] = self.run(x)
 
-    @torch.inference_mode()
+    def run(self, x: Tensor) -> Tensor:
+        """What the layer makes of hidden states, (windows, tokens, hidden)."""
+        output = self.layer(x, **self.arguments)
+        return output if isinstance(output, Tensor) else output[0]
+
+    @torch.no_grad()
     def inputs(self, x: Tensor, names: dict[str, str]) -> dict[str, Tensor]:
         """What modules of the layer read when it is given x: (tokens, features) each, float32.
 
@@ -49,15 +54,18 @@ class Step:
             for module, name in names.items()
         ]
         with removing(handles), suppress(_SeenAllError):
-            _run(self.layer, x, self.arguments)
+            self.run(x)
         return found
 
 
-def walk(model: nn.Module, windows: Tensor, label: str) -> Iterator[Step]:
-    """Every layer in turn, for token windows (windows, seqlen). A layer that the caller has not run is run after it."""
+def walk(model: nn.Module, windows: Tensor, label: str | None = None) -> Iterator[Step]:
+    """Every layer in turn, for token windows (windows, seqlen). A layer that the caller has not run is run after it.
+
+    ``label``: of its progress; None shows none.
+    """
     hidden, arguments = _enter(model, windows)
     layers = list(layers_of(model))
-    for (name, layer), its_own in zip(tqdm(layers, label, unit="layer"), arguments, strict=True):
+    for (name, layer), its_own in zip(tqdm(layers, label, unit="layer", disable=label is None), arguments, strict=True):
         step = Step(name, layer, hidden, its_own)
         yield step
         if not step.done:
@@ -68,12 +76,7 @@ class _SeenAllError(Exception):
     """Stops a forward pass early: what it was for has been seen."""
 
 
-def _run(layer: nn.Module, x: Tensor, arguments: dict) -> Tensor:
-    output = layer(x, **arguments)
-    return output if isinstance(output, Tensor) else output[0]
-
-
-@torch.inference_mode()
+@torch.no_grad()
 def _enter(model: nn.Module, windows: Tensor) -> tuple[list[Tensor], list[dict]]:
     """What the first layer is given for each window, and the keyword arguments of every layer (one whole pass)."""
     layers = [layer for _, layer in layers_of(model)]

@@ -7,7 +7,7 @@ the hidden states of all calibration windows. Weights may answer for the roundin
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -43,7 +43,7 @@ def quantize_weights_gptq(
     inputs come through all sites before it, those of its own layer too, as they ended.
     """
     places = list(sites_of(model).values())
-    exact = walk(deepcopy(model), calib_data, "exact") if correct else None  # the model without any rounding
+    exact = walk(deepcopy(model), calib_data) if correct else None  # the model without any rounding
     for i, step in enumerate(walk(model, calib_data, "GPTQ")):
         plain = next(exact) if exact is not None else None
         here = [place for place in places if place.layer == i]
@@ -52,20 +52,31 @@ def quantize_weights_gptq(
         for group in [[place] for place in here] if correct else [here]:
             hessians, errors = _statistics(step, plain, group)
             for place in group:
-                weight = torch.cat([linear.weight.data for linear in place.linears.values()])  # they share their input
                 if correct:
-                    weight = corrected(weight, hessians[place.name], errors[place.name], calib_data.numel())
-                rounded, scales = gptq(weight, hessians[place.name], bits, groupsize, name=place.name)
-                sizes = [linear.out_features for linear in place.linears.values()]
-                parts = zip(place.linears.values(), rounded.split(sizes), scales.split(sizes), strict=True)
-                for linear, rows, scale in parts:
-                    set_weight(linear, rows, scale, bits, groupsize)
+                    for linear in place.linears.values():
+                        error = errors[place.name]
+                        linear.weight.data = corrected(
+                            linear.weight.data, hessians[place.name], error, calib_data.numel()
+                        )
+                round_site(place, hessians[place.name], bits, groupsize)
+
+
+def round_site(place: Place, hessian: Tensor, bits: int, groupsize: int) -> dict[str, Tensor]:
+    """Round the weights of a site's readers by the ``hessian`` of its input, which they share; their aims by name."""
+    linears = place.linears
+    weight = torch.cat([linear.weight.data for linear in linears.values()])
+    found = gptq(weight, hessian, bits, groupsize, name=place.name)
+    parts = [part.split([linear.out_features for linear in linears.values()]) for part in found]
+    for linear, rounded, scale, _ in zip(linears.values(), *parts, strict=True):
+        set_weight(linear, rounded, scale, bits, groupsize)
+    return dict(zip(linears, parts[2], strict=True))
 
 
 def gptq(
     weight: Tensor, hessian: Tensor, bits: int = 4, groupsize: int = 128, *, name: str = "a weight"
-) -> tuple[Tensor, Tensor]:
-    """The dequantised weight (out, in) and its scales (out, groups); ``hessian``: (in, in), XᵀX of its inputs.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The dequantised weight (out, in), its scales (out, groups) and its aim (out, in): what each weight had become
+    when its turn came to be rounded. ``hessian``: (in, in), XᵀX of its inputs.
 
     Scales are those of least squared error weighted by H's diagonal. A row that ends with a larger
     tr(ΔW H ΔWᵀ) than rounding to nearest would have is rounded to nearest. ``name`` is for messages.
@@ -75,12 +86,14 @@ def gptq(
     order = hessian.diagonal().argsort(descending=True)
     inverse = _inverse_cholesky(hessian[order][:, order], name)
     columns, grid = (x[:, order].T.contiguous() for x in (weight, spread(scales, groupsize, weight)))
-    rounded = torch.empty_like(weight)
+    rounded, aim = torch.empty_like(weight), torch.empty_like(weight)
     rounded[:, order] = _columns(columns, grid, inverse, bits).T
+    aim[:, order] = columns.T
     nearest, its_scales = round_to_nearest(weight, bits, groupsize)
     # a difference of two squares needs one product with H
     worse = ((((rounded - nearest) @ hessian) * (rounded + nearest - 2 * weight)).sum(1) > 0)[:, None]
-    return torch.where(worse, nearest, rounded), torch.where(worse, its_scales, scales)
+    choices = zip((nearest, its_scales, weight), (rounded, scales, aim), strict=True)
+    return (*(torch.where(worse, *choice) for choice in choices),)
 
 
 def corrected(weight: Tensor, hessian: Tensor, error: Tensor, tokens: int) -> Tensor:
@@ -97,7 +110,7 @@ def corrected(weight: Tensor, hessian: Tensor, error: Tensor, tokens: int) -> Te
 
 
 def _columns(weight: Tensor, scale: Tensor, inverse: Tensor, bits: int) -> Tensor:
-    """The loop over columns, here rows of (in, out); ``inverse``: upper U with H⁻¹ = UᵀU.
+    """The loop over columns, here rows of (in, out), which end as their aims; ``inverse``: upper U with H⁻¹ = UᵀU.
 
     What the errors before it in its block mean for a column is one product when its turn comes.
     """
@@ -145,7 +158,12 @@ def _inverse_cholesky(hessian: Tensor, name: str) -> Tensor:
                              "calibration activations finite?")  # fmt: skip
 
 
-def _statistics(step: Step, plain: Step | None, group: Sequence[Place]) -> tuple[dict, dict]:
+def hessians_of(step: Step, places: Iterable[Place]) -> dict[str, Tensor]:
+    """XᵀX of each site's input over all windows, as the layer stands."""
+    return _statistics(step, None, places)[0]
+
+
+def _statistics(step: Step, plain: Step | None, group: Iterable[Place]) -> tuple[dict, dict]:
     """Of each site's input X̂ over all windows, as the layer stands: X̂ᵀX̂ and (X − X̂)ᵀX̂, by site.
 
     X is what the layer without any rounding makes of exact hidden states, ``plain``; without it there is no second.

@@ -48,13 +48,19 @@ def pack_weights(model: nn.Module) -> dict[str, Tensor]:
     return codes | scales_of(model)
 
 
+def vectors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All of its state that is no matrix: gains of norms, clips, biases."""
+    return {name: tensor for name, tensor in model.state_dict().items() if tensor.ndim < 2}
+
+
 def unpack_weights(model: nn.Module, tensors: dict[str, Tensor], bits: int, groupsize: int) -> None:
-    """Give a model the weights of `pack_weights`."""
+    """Give a model the weights of `pack_weights`, and those `vectors_of` a model that are there."""
     for name, linear in linears_of(model).items():
         if (packed := tensors.get(f"{name}|codes")) is not None:
             scale = tensors[f"{name}|scale"].to(linear.weight.device)
             codes = unpack(packed.to(linear.weight.device), bits, linear.in_features)
             set_weight(linear, codes * spread(scale.float(), groupsize, codes), scale, bits, groupsize)
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if "|" not in name}, strict=False)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

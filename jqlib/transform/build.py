@@ -5,7 +5,7 @@ back once. R1 and R2 vanish into the weights; R4, a Hadamard transform of down_p
 at any other site (QuIP#'s, QuaRot's).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -97,14 +97,15 @@ def transforms_of(
     return transforms
 
 
-def build(model: nn.Module, transforms: dict[str, Transform]) -> None:
+def build(model: nn.Module, transforms: dict[str, Transform], replaced: Collection[nn.Module] = ()) -> None:
     """Merge the transforms into the weights, once, and leave in the model what has to run: online parts and grids.
 
-    It fuses the norms if a rotation of the stream needs that. Raises ValueError if not all sites behind norms share it.
+    It fuses the norms if a rotation of the stream needs that. ``replaced``: linears whose weights are left as they are,
+    for others are to take their place. Raises ValueError if not all sites behind norms share the stream's rotation.
     """
     check_stream([transforms[name] for name in norms_of(model)])
     fuse = stream_of(model, transforms) is not None
-    _merge(model, transforms, fuse)
+    _merge(model, transforms, fuse, replaced)
     for name, place in sites_of(model).items():
         if (left := transforms[name].split()[1]).runs:
             install(model, place, left)
@@ -175,8 +176,10 @@ def begin(model: nn.Module, step: str) -> None:
             raise RuntimeError(f"this model is {later} already: it must be {step} before")
 
 
-def _merge(model: nn.Module, transforms: dict[str, Transform], fuse: bool) -> None:
-    """Turn all weights; ``fuse``: the norms lose their gammas, the final one too."""
+def _merge(
+    model: nn.Module, transforms: dict[str, Transform], fuse: bool, replaced: Collection[nn.Module] = ()
+) -> None:
+    """Turn all weights but those to be ``replaced``; ``fuse``: the norms lose their gammas, the final one too."""
     family, stream = family_of(model), stream_of(model, transforms)
     inputs: dict[nn.Module, Side] = {}  # what becomes of a weight's rows, by its module
     outputs: dict[nn.Module, Side] = {}  # and of its columns
@@ -199,7 +202,7 @@ def _merge(model: nn.Module, transforms: dict[str, Transform], fuse: bool) -> No
         inputs[embed] = stream
         outputs |= {layer.get_submodule(at): stream for _, layer in layers_of(model) for at in family.writers}
     for module in {**inputs, **outputs}:
-        _turn(module, inputs.get(module), outputs.get(module))
+        _turn(module, inputs.get(module), outputs.get(module), module not in replaced)
 
 
 def _into_norm(norm: nn.Module, transform: Transform, fuse: bool) -> Transform:
@@ -217,16 +220,16 @@ def _into_norm(norm: nn.Module, transform: Transform, fuse: bool) -> Transform:
     return Transform(gamma, transform.rotation, gain)
 
 
-def _turn(module: nn.Module, inputs: Side | None, outputs: Side | None) -> None:
+def _turn(module: nn.Module, inputs: Side | None, outputs: Side | None, weight_too: bool) -> None:
     """A weight (out, in) turned on both sides in float64 and cast once; a bias on the side of the outputs."""
-    if outputs is None:
+    if weight_too and outputs is None:
         for rows in module.weight.data.split(ROWS):
             rows.copy_(inputs(rows.double()))
-        return
-    weight = module.weight.data.double()
-    weight = weight if inputs is None else inputs(weight)
-    module.weight.data = outputs(weight.T).T.to(module.weight.dtype).contiguous()
-    if getattr(module, "bias", None) is not None:
+    elif weight_too:
+        weight = module.weight.data.double()
+        weight = weight if inputs is None else inputs(weight)
+        module.weight.data = outputs(weight.T).T.to(module.weight.dtype).contiguous()
+    if outputs is not None and getattr(module, "bias", None) is not None:
         module.bias.data = outputs(module.bias.data.double()).to(module.bias.dtype)
 
 

@@ -1,0 +1,76 @@
+"""GPTQ layer by layer, and after each layer's rounding all that can be learned of it, towards the FP layer's output.
+
+Codes, scales, gains and clips of one layer learn at a time (BRECQ, Li et al. 2021; EfficientQAT's first phase, Chen et
+al. 2024, §3.2), with the rounding of activations in the loop: from what the layers before it make, rounded and learned
+as they are, towards what the FP layer makes of FP inputs. Each token's squared error counts by the token's own energy:
+a few tokens of massive activations would drown all others.
+"""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from jqlib.learn.rounded import learnable
+from jqlib.learn.steps import Steps, minimise_by_steps
+from jqlib.model.families import Place, sites_of
+from jqlib.model.walk import Step, walk
+from jqlib.precision import products_in
+from jqlib.quant.gptq import hessians_of, round_site
+from jqlib.quant.packed import pack_weights, unpack_weights, vectors_of
+from jqlib.quant.quantize import set_grid
+from jqlib.transform.transform import Grid
+
+RATES = {"code": 5e-3, "scale": 3e-3, "gain": 4e-3, "clip": 3e-3}  # of Adam: of a cell; factors near 1; ratios
+EVERY = 4  # one piece of text in so many goes into GPTQ's Hessians
+
+
+def round_layer_by_layer(
+    model: nn.Module, pieces: Tensor, bits: int, groupsize: int, grids: dict[str, Grid], steps: Steps = Steps()
+) -> None:
+    """Round the weights of all decoder layers, and their inputs by ``grids``, in place; each layer takes ``steps``.
+
+    ``model``: built, with nothing rounded. ``pieces``: calibration text, (pieces, tokens). ``steps.keep`` receives what
+    was learned after every layer.
+
+    Raises FloatingPointError if a layer's loss is not finite.
+    """
+    sites, finished = list(sites_of(model).values()), steps.resume or {}
+    exact = walk(deepcopy(model), pieces)
+    for i, step in enumerate(walk(model, pieces, "layer by layer")):
+        plain, places = next(exact), [place for place in sites if place.layer == i]
+        for place in places:
+            set_grid(model, place, grids[place.name])
+        with products_in(steps.dtype, model.device):
+            plain.forward()
+        known = {name: tensor for name, tensor in finished.items() if name.startswith(f"{step.name}.")}
+        if any(name.endswith("|codes") for name in known):
+            unpack_weights(model, known, bits, groupsize)
+        else:
+            _learn(step, places, bits, groupsize, pieces, plain.hidden, steps)
+        with products_in(steps.dtype, model.device):
+            step.forward()
+        if steps.keep:
+            steps.keep(pack_weights(model) | vectors_of(model))
+
+
+def _learn(
+    step: Step, places: list[Place], bits: int, groupsize: int, pieces: Tensor, targets: list[Tensor], steps: Steps
+) -> None:
+    """Round a layer's weights and learn it, towards ``targets``, its outputs in FP for all pieces."""
+    hessians, aims = hessians_of(replace(step, hidden=step.hidden[::EVERY]), places), {}
+    for place in places:
+        aims |= round_site(place, hessians[place.name], bits, groupsize)
+    linears = {name: linear for place in places for name, linear in place.linears.items()}
+    norms = {place.name: place.norm for place in places if place.norm is not None}
+    grids = {place.name: place.host.transform.grid for place in places if hasattr(place.host, "transform")}
+
+    def loss(chosen: Tensor) -> Tensor:
+        x, y = (torch.cat([hidden[i] for i in chosen]) for hidden in (step.hidden, targets))
+        with products_in(steps.dtype, x.device):
+            found = step.run(x)
+        return ((found - y).square().sum(-1) / y.square().sum(-1)).mean()
+
+    with learnable(linears, norms, grids, aims) as knobs:
+        minimise_by_steps(knobs, loss, pieces, RATES, replace(steps, keep=None, resume=None), step.name)

@@ -1,0 +1,124 @@
+"""A model of rounded weights as a function of what can be learned of it: codes, scales, the norms' gains, the clips.
+
+Scales, gains and clips are stored beside the codes in floating point anyway, so nothing is added to the model.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from jqlib.fused import fused
+from jqlib.precision import dtype_of_products
+from jqlib.quant.packed import codes_of, set_weight
+from jqlib.transform.grids import grouped, spread
+from jqlib.transform.transform import Grid
+
+INSIDE = 0.49  # of a cell: the farthest from its code that a weight starts
+
+
+@contextmanager
+def learnable(
+    linears: Mapping[str, nn.Linear], norms: Mapping[str, nn.Module], grids: Mapping[str, Grid],
+    aims: Mapping[str, Tensor] | None = None,
+) -> Iterator[dict[str, Tensor]]:  # fmt: skip
+    """Within it weights and gains are functions of what is learned: ``{"<kind> <name>": parameter}``, kinds
+    "code", "scale", "gain", "clip".
+
+    ``aims``: where weights stood before they were rounded, (out, in), by linear: given, codes learn too, straight
+    through, and those near the border of their cell flip first. Scales end as float16 numbers again.
+    """
+    knobs = {f"clip {name}": grid.clip.requires_grad_() for name, grid in grids.items()}
+    forms = {name: OnGrid(linear, aims and aims[name]) for name, linear in linears.items()}
+    for name, form in forms.items():
+        parametrize.register_parametrization(linears[name], "weight", form, unsafe=True)
+        knobs |= {f"code {name}": form.place} if aims else {}
+        knobs[f"scale {name}"] = form.factor
+    for name, norm in norms.items():
+        factor = Factor(norm.weight)
+        parametrize.register_parametrization(norm, "weight", factor)
+        knobs[f"gain {name}"] = factor.factor
+    try:
+        yield knobs
+    finally:
+        for norm in norms.values():
+            parametrize.remove_parametrizations(norm, "weight")
+        for linear in linears.values():
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+        for part in (*norms.values(), *linears.values(), *grids.values()):
+            part.requires_grad_(False)
+    for name, linear in linears.items():
+        set_weight(linear, *forms[name].ends(), linear.grid.bits, linear.grid.groupsize)
+
+
+class Factor(nn.Module):
+    """A vector times a factor for each of its numbers."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones_like(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+class OnGrid(nn.Module):
+    """A rounded weight as its codes and scales say, in the products' dtype at once.
+
+    ``place``: where in the grid each weight lies, in cells; its code is the nearest whole number. ``factor``: of the
+    scale of each group.
+    """
+
+    def __init__(self, linear: nn.Linear, aim: Tensor | None = None):
+        super().__init__()
+        grid = linear.grid
+        self.scale, self.top, self.groupsize = grid.scale.float(), 2 ** (grid.bits - 1), grid.groupsize
+        place = codes_of(linear)
+        if aim is not None:
+            cells = aim.float() / spread(self.scale, self.groupsize, place)
+            place += (cells - place).clamp_(-INSIDE, INSIDE)
+        self.place = nn.Parameter(place, requires_grad=aim is not None)
+        self.factor = nn.Parameter(torch.ones_like(self.scale))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        scale = self.scale * self.factor
+        return Placed.apply(self.place, scale, self.top, self.groupsize, dtype_of_products(weight))
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The weight and its scales, float16 numbers."""
+        scale = (self.scale * self.factor.detach()).half()
+        return _placed(self.place.detach(), scale.float(), self.top, self.groupsize, torch.float32), scale
+
+
+class Placed(torch.autograd.Function):
+    """The weight (out, in) of places and scales (out, groups), and the slopes of both, straight through."""
+
+    @staticmethod
+    def forward(ctx, place: Tensor, scale: Tensor, top: int, groupsize: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(place, scale)
+        ctx.grid = top, groupsize
+        return _placed(place, scale, top, groupsize, dtype)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        place, scale = ctx.saved_tensors
+        by_place = _by_place(place, scale, slope, *ctx.grid) if ctx.needs_input_grad[0] else None
+        return by_place, _by_scale(place, slope, *ctx.grid).to(scale.dtype), None, None, None
+
+
+@fused
+def _placed(place: Tensor, scale: Tensor, top: int, groupsize: int, dtype: torch.dtype) -> Tensor:
+    return (place.round().clamp(-top, top - 1) * spread(scale, groupsize, place)).to(dtype)
+
+
+@fused
+def _by_place(place: Tensor, scale: Tensor, slope: Tensor, top: int, groupsize: int) -> Tensor:
+    inside = (place > -top - 0.5) & (place < top - 0.5)
+    return (slope * spread(scale, groupsize, place)).where(inside, 0).to(place.dtype)
+
+
+@fused
+def _by_scale(place: Tensor, slope: Tensor, top: int, groupsize: int) -> Tensor:
+    return grouped(slope * place.round().clamp(-top, top - 1), groupsize).sum(-1)
