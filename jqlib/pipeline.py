@@ -84,7 +84,7 @@ def _built(s, made: Made, a_bits: int = OFF, weights: Made | None = None) -> tup
     grids = {name: transform.grid for name, transform in found.items()}
     for transform in found.values():
         transform.grid.bits, transform.grid = a_bits, None
-    replaced = [linear for name, linear in linears_of(model).items() if weights and f"{name}|codes" in weights[0]]
+    replaced = {linear for name, linear in linears_of(model).items() if weights and f"{name}|codes" in weights[0]}
     build(model, {name: transform.to(model.device) for name, transform in found.items()}, replaced)
     return model, grids
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from jqlib.learn.activations import collect_activations
 from jqlib.learn.smooth import compute_simple_smooth_scale
-from jqlib.model.families import linears_of, site_targets
+from jqlib.model.families import site_targets
 from jqlib.quant.quantize import quantize_model
 from jqlib.transform.build import build, done, fuse_layer_norms, online_operations, rotate_model, transforms_of
 from jqlib.transform.hadamard import hadamard_matrix, random_hadamard
@@ -333,25 +333,3 @@ def test_a_quantised_model_is_not_changed_any_more(tiny_model, tokens, orthogona
             "smooth": lambda m: rotate_model(m, None, None, scales, r4=False)}[step]  # fmt: skip
     with pytest.raises(RuntimeError, match="quantised already"):
         call(model)
-
-
-def test_a_stream_turned_for_some_of_its_readers_is_refused(tiny_model, orthogonal):
-    model = tiny_model()
-    transforms = transforms_of(model, orthogonal(HIDDEN, 0, torch.float32))
-    transforms[site_targets(model, "ug")[0]].rotation = None
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="read one residual stream: all of them need the same R1, or none has one"):
-        build(model, transforms)
-    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
-
-
-@pytest.mark.parametrize("biases", [False, True])
-def test_weights_to_be_replaced_are_left_and_all_else_is_built(tiny_model, orthogonal, biases):
-    whole, waiting = (tiny_model(biases=biases) for _ in range(2))
-    untouched = {name: linear.weight.clone() for name, linear in linears_of(waiting).items()}
-    for model, replaced in ((whole, ()), (waiting, linears_of(waiting).values())):
-        build(model, transforms_of(model, orthogonal(HIDDEN), online=("down",)), list(replaced))
-    linears, expected = linears_of(waiting), whole.state_dict()
-    for name, tensor in waiting.state_dict().items():
-        linear = name.removesuffix(".weight")
-        assert torch.equal(tensor, untouched[linear] if linear in linears else expected[name]), name

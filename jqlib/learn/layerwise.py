@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from jqlib.learn.rounded import learnable
+from jqlib.learn.rounded import RATES, learnable
 from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import Place, sites_of
 from jqlib.model.walk import Step, walk
@@ -22,7 +22,6 @@ from jqlib.quant.packed import pack_weights, unpack_weights, vectors_of
 from jqlib.quant.quantize import set_grid
 from jqlib.transform.transform import Grid
 
-RATES = {"code": 5e-3, "scale": 3e-3, "gain": 4e-3, "clip": 3e-3}  # of Adam: of a cell; factors near 1; ratios
 EVERY = 4  # one piece of text in so many goes into GPTQ's Hessians
 
 
@@ -49,10 +48,10 @@ def round_layer_by_layer(
             unpack_weights(model, known, bits, groupsize)
         else:
             _learn(step, places, bits, groupsize, pieces, plain.hidden, steps)
+            if steps.keep:
+                steps.keep(pack_weights(model) | vectors_of(model))
         with products_in(steps.dtype, model.device):
             step.forward()
-        if steps.keep:
-            steps.keep(pack_weights(model) | vectors_of(model))
 
 
 def _learn(
@@ -61,7 +60,7 @@ def _learn(
     """Round a layer's weights and learn it, towards ``targets``, its outputs in FP for all pieces."""
     hessians, aims = hessians_of(replace(step, hidden=step.hidden[::EVERY]), places), {}
     for place in places:
-        aims |= round_site(place, hessians[place.name], bits, groupsize)
+        aims |= round_site(place, place.weight, hessians[place.name], bits, groupsize)
     linears = {name: linear for place in places for name, linear in place.linears.items()}
     norms = {place.name: place.norm for place in places if place.norm is not None}
     grids = {place.name: place.host.transform.grid for place in places if hasattr(place.host, "transform")}

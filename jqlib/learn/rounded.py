@@ -16,6 +16,7 @@ from jqlib.quant.packed import codes_of, set_weight
 from jqlib.transform.grids import grouped, spread
 from jqlib.transform.transform import Grid
 
+RATES = {"code": 5e-3, "scale": 3e-3, "gain": 4e-3, "clip": 3e-3}  # of Adam: of a cell; factors near 1; ratios
 INSIDE = 0.49  # of a cell: the farthest from its code that a weight starts
 
 
@@ -25,7 +26,7 @@ def learnable(
     aims: Mapping[str, Tensor] | None = None,
 ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
     """Within it weights and gains are functions of what is learned: ``{"<kind> <name>": parameter}``, kinds
-    "code", "scale", "gain", "clip".
+    of RATES.
 
     ``aims``: where weights stood before they were rounded, (out, in), by linear: given, codes learn too, straight
     through, and those near the border of their cell flip first. Scales end as float16 numbers again.

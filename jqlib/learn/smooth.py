@@ -45,7 +45,7 @@ def compute_simple_smooth_scale(
         collect_activations(model, calib_data, targets, device, max_tokens=1, raw=True, moments=moments)
     scales = {}
     for name, place in sites_of(model, *sites).items():
-        weight = torch.cat([linear.weight.data for linear in place.linears.values()]).float().cpu()
+        weight = place.weight.float().cpu()
         if measure == "max":
             x, w = moments[name].absmax, weight.abs().amax(0)
         else:

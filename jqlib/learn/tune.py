@@ -1,21 +1,19 @@
 """After the weights are rounded: the scales of their groups, the norms' gains and the clips, tuned end to end.
 
-The integer codes stay what GPTQ left. What moves is stored beside them in floating point anyway, so nothing is added to
-the model: EfficientQAT's second phase (Chen et al. 2024, §3.3), here with the activations' rounding in the loop, norms
-and clips besides, and KL to the FP model's predictions for a loss. Scales end as float16 numbers again.
+The integer codes stay as they are; what moves is stored beside them anyway. EfficientQAT's second phase (Chen et al.
+2024, §3.3), here with the activations' rounding in the loop, norms and clips besides, and KL to the FP model's
+predictions for a loss. Scales end as float16 numbers again.
 """
 
 from torch import Tensor, nn
 
 from jqlib.learn.lessons import Lessons
-from jqlib.learn.rounded import learnable
+from jqlib.learn.rounded import RATES, learnable
 from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import family_of, norms_of
 from jqlib.precision import products_in
 from jqlib.quant.packed import rounded_linears
 from jqlib.transform.build import done, standing
-
-RATES = {"scale": 3e-3, "gain": 4e-3, "clip": 3e-3}  # of Adam; scales and gains are factors near 1
 
 
 def tune(model: nn.Module, lessons: Lessons, steps: Steps = Steps()) -> None:

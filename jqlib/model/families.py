@@ -7,7 +7,8 @@ residual stream behind a norm, ``o`` and ``down`` read inside a block and write 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Place:
     @property
     def width(self) -> int:
         return self.linears[self.name].in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """Its readers' weights, one above the other: (out, in)."""
+        return torch.cat([linear.weight.data for linear in self.linears.values()])
 
 
 def family_of(model: nn.Module) -> Family:

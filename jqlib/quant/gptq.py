@@ -52,24 +52,22 @@ def quantize_weights_gptq(
         for group in [[place] for place in here] if correct else [here]:
             hessians, errors = _statistics(step, plain, group)
             for place in group:
+                weight, H = place.weight, hessians[place.name]
                 if correct:
-                    for linear in place.linears.values():
-                        error = errors[place.name]
-                        linear.weight.data = corrected(
-                            linear.weight.data, hessians[place.name], error, calib_data.numel()
-                        )
-                round_site(place, hessians[place.name], bits, groupsize)
+                    weight = corrected(weight, H, errors[place.name], calib_data.numel())
+                round_site(place, weight, H, bits, groupsize)
 
 
-def round_site(place: Place, hessian: Tensor, bits: int, groupsize: int) -> dict[str, Tensor]:
-    """Round the weights of a site's readers by the ``hessian`` of its input, which they share; their aims by name."""
-    linears = place.linears
-    weight = torch.cat([linear.weight.data for linear in linears.values()])
+def round_site(place: Place, weight: Tensor, hessian: Tensor, bits: int, groupsize: int) -> dict[str, Tensor]:
+    """Give a site's readers their ``weight``, one above the other, rounded by the ``hessian`` of the input that they
+    share; returns its aims by reader.
+    """
     found = gptq(weight, hessian, bits, groupsize, name=place.name)
-    parts = [part.split([linear.out_features for linear in linears.values()]) for part in found]
-    for linear, rounded, scale, _ in zip(linears.values(), *parts, strict=True):
-        set_weight(linear, rounded, scale, bits, groupsize)
-    return dict(zip(linears, parts[2], strict=True))
+    sizes = [linear.out_features for linear in place.linears.values()]
+    rounded, scales, aims = (part.split(sizes) for part in found)
+    for linear, rows, scale in zip(place.linears.values(), rounded, scales, strict=True):
+        set_weight(linear, rows, scale, bits, groupsize)
+    return dict(zip(place.linears, aims, strict=True))
 
 
 def gptq(
