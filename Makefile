@@ -9,12 +9,13 @@ NOTEBOOKS = notebooks
 workbook: .venv/made
 	$(BIN)/python -m jqlib run -f runs/smollm2-135m.yaml
 
+# nbval reads a cell's output when the cell has ended, and more than a thousand lines of progress would push its end out
 test: .venv/made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	$(BIN)/python -m pytest
-	JUPYTER_PREFER_ENV_PATH=1 JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output \
+	JUPYTER_PREFER_ENV_PATH=1 JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output TQDM_DISABLE=1 \
 	  $(BIN)/python -m pytest -p no:warnings --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks
 
 # on the artifacts that `make test` left, else it takes ten minutes more; says so and passes where there is no Chromium

@@ -71,5 +71,6 @@ def _learn(
             found = step.run(x)
         return ((found - y).square().sum(-1) / y.square().sum(-1)).mean()
 
+    alone = replace(steps, keep=None, resume=None, quiet=True)
     with learnable(linears, norms, grids, aims) as knobs:
-        minimise_by_steps(knobs, loss, pieces, RATES, replace(steps, keep=None, resume=None), step.name)
+        minimise_by_steps(knobs, loss, pieces, RATES, alone, step.name)

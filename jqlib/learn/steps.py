@@ -21,7 +21,8 @@ BETAS, EPS = (0.9, 0.99), 1e-15  # gradients of single weights are far below Ada
 class Steps:
     """How many, each on so many ``tokens``, on text in the order of ``seed``, matrix products in ``dtype``.
 
-    ``keep`` receives the state every KEEP_EVERY steps, flat tensors by name; ``resume`` continues from one.
+    ``keep`` receives the state every KEEP_EVERY steps, flat tensors by name; ``resume`` continues from one. ``quiet``:
+    no progress of their own.
     """
 
     count: int = 100
@@ -30,6 +31,7 @@ class Steps:
     dtype: torch.dtype = torch.float32
     keep: Callable[[dict[str, Tensor]], object] | None = None
     resume: dict[str, Tensor] | None = None
+    quiet: bool = False
 
 
 def minimise_by_steps(
@@ -48,7 +50,7 @@ def minimise_by_steps(
     first = _load(steps.resume, knobs, optimiser) if steps.resume else 0
     size = max(1, steps.tokens // ids.shape[1])
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(steps.seed))
-    with tqdm(desc=label, total=steps.count, initial=first, unit="step") as bar:
+    with tqdm(desc=label, total=steps.count, initial=first, unit="step", disable=steps.quiet) as bar:
         for step in range(first, steps.count):
             optimiser.zero_grad()
             pieces = order[torch.arange(step * size, (step + 1) * size) % len(ids)]
