@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     info_parser.add_argument("--profile", default=Config.profile, help=HELP["profile"])
     study_parser = commands.add_parser("study", help="what takes hours on the embedded model: figures/study.json")
     study_parser.add_argument("--minutes", type=float, help="begin no row after so many minutes (all rows)")
+    study_parser.add_argument("--device", default=Config.device, help=HELP["device"])
     for name, text in {
         "report": "the rows of notebook 05 of all models and runs under a folder",
         "clean": "remove artifacts under a folder that no current code or setting would reuse",
@@ -58,7 +59,7 @@ def _info(arguments: argparse.Namespace) -> int:
 def _study(arguments: argparse.Namespace) -> int:
     from jqlib.lab.study import study
 
-    left = study(arguments.minutes)
+    left = study(arguments.minutes, arguments.device)
     print(f"{left} rows are left: run it again" if left else "the study is whole")
     return 0
 

@@ -22,7 +22,7 @@ def small(monkeypatch, tmp_path):
                 "calibration_seconds": 60.0, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": 16}  # fmt: skip
 
     whole = study.plan()
-    monkeypatch.setattr(study, "plan", lambda: [row for row in whole if row[1].eval_dataset is None][:4])
+    monkeypatch.setattr(study, "plan", lambda device: [row for row in whole if row[1].eval_dataset is None][:4])
     monkeypatch.setattr(study, "PATH", tmp_path / "study.json")
     monkeypatch.setattr(pipeline, "evaluate", evaluate)
     monkeypatch.setattr(pipeline, "protocol", lambda config: {})

@@ -17,7 +17,7 @@ from jqlib.store import git_commit, versions, write_json
 from jqlib.transform.grids import OFF
 
 PATH = ROOT / "figures" / "study.json"
-CONFIG = {"model": "smollm2-135m", "profile": "standard", "nsamples": 16, "step_tokens": 2048}
+CONFIG = {"model": "smollm2-135m", "profile": "standard", "nsamples": 16, "step_tokens": 2048}  # and the device
 SEEDS = range(3)
 BEST = RECIPES["jointquant-best"]
 LEARNED = {name: replace(RECIPES[name], label=f"{RECIPES[name].label}, learned", layerwise=True, tune=True)
@@ -35,14 +35,14 @@ WITHOUT = {
     "one grid per head at o_proj": replace(BEST, o_per_head=False),
     "tuning": replace(BEST, tune=False),
 }
-EFFORTS = {"quarter": {"step_tokens": 512}, "double": {"step_tokens": 4096}}  # beside the study's own
+EFFORTS = {"quarter": {"step_tokens": 512}, "fourfold": {"step_tokens": 8192}}  # beside the study's own
 
 Plan = list[tuple[dict, Config, Recipe | None, int, int]]
 
 
-def plan() -> Plan:
+def plan(device: str = "cpu") -> Plan:
     """The rows: what each is about, and what `pipeline.evaluate` needs for it; the deciding ones first."""
-    config = make_config(CONFIG)
+    config = make_config(CONFIG | {"device": device})
     rows: Plan = [({"group": "FP", "method": "fp", "label": "FP"}, config, None, OFF, OFF)]
 
     def add(group: str, recipes: dict[str, Recipe], w_bits: int = 4, a_bits: int = 4, **changes) -> None:
@@ -52,15 +52,14 @@ def plan() -> Plan:
 
     for seed in SEEDS:
         add("methods", DECIDING, seed=seed)
-        if seed == 0:
-            add("halves", {"jointquant-best": BEST}, OFF, 4)
-            add("KV4", {"jointquant-best": BEST}, kv_bits=4)
-            add("methods", PLAIN)
-            add("halves", {"jointquant-best": BEST}, 4, OFF)
-            add("methods", PEERS)
-            add("without", WITHOUT)
+    add("halves", {"jointquant-best": BEST}, OFF, 4)
+    add("halves", {"jointquant-best": BEST}, 4, OFF)
+    add("KV4", {"jointquant-best": BEST}, kv_bits=4)
+    add("methods", PEERS)
     for effort, changes in EFFORTS.items():
         add(f"effort: {effort}", {name: RECIPES[name] for name in ("quarot-learned", "jointquant-best")}, **changes)
+    add("without", WITHOUT)
+    add("methods", PLAIN)
     everywhere = []
     for about, config, *rest in rows:
         everywhere.append((about, config, *rest))
@@ -69,19 +68,20 @@ def plan() -> Plan:
     return everywhere
 
 
-def study(minutes: float | None = None) -> int:
+def study(minutes: float | None = None, device: str = "cpu") -> int:
     """Make the rows that are missing, and begin none after so many ``minutes``. Returns how many are left."""
-    start, rows, planned = time.monotonic(), [], plan()
+    start, rows, planned = time.monotonic(), [], plan(device)
     for i, (about, config, recipe, w_bits, a_bits) in enumerate(planned):
         if minutes is not None and time.monotonic() - start > 60 * minutes:
             return len(planned) - i
         row = pipeline.evaluate(config, recipe, w_bits, a_bits)
         told = {"seed": config.seed, "text": config.eval_dataset or "wiki", "step_tokens": config.step_tokens}
+        told |= {"device": config.device}
         rows.append(about | told | row)
         print(f"{i + 1}/{len(planned)} {about['label']} ({about['group']}, {told['text']}, seed {config.seed}): "
               f"PPL {row['ppl']:.2f}, KL {row['kl']:.3f}", flush=True)  # fmt: skip
         write_json(PATH, {
-            "config": asdict(make_config(CONFIG)), "protocol": pipeline.protocol(make_config(CONFIG)),
+            "config": asdict(planned[0][1]), "protocol": pipeline.protocol(planned[0][1]),
             "versions": versions(), "git_commit": git_commit(), "rows": rows, "left": len(planned) - i - 1,
         })  # fmt: skip
     return 0

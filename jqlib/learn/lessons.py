@@ -26,10 +26,13 @@ class Lessons(NamedTuple):
 
     def loss(self, model: nn.Module, pieces: Tensor) -> Tensor:
         """Mean KL (nats per token) of ``model``'s predictions from the FP model's on these pieces."""
-        state = model.base_model(self.ids[pieces].to(model.device), use_cache=False).last_hidden_state
-        target = self.hidden[pieces].to(model.device).flatten(0, 1)
-        head = model.get_output_embeddings().weight
-        return Divergence.apply(state.flatten(0, 1), head, target, self.head.to(model.device))
+        pieces = pieces.to(model.device)
+        state = model.base_model(self.ids[pieces], use_cache=False).last_hidden_state
+        head, target = model.get_output_embeddings().weight, self.hidden[pieces].flatten(0, 1)
+        return Divergence.apply(state.flatten(0, 1), head, target, self.head)
+
+    def to(self, device: torch.device) -> "Lessons":
+        return Lessons(*(part.to(device) for part in self))
 
 
 @torch.inference_mode()

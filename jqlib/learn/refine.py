@@ -41,6 +41,8 @@ def refine(
     if not learn or not {*learn} <= {*RATES}:
         raise ValueError(f"learn={learn!r}: expected some of {', '.join(RATES)}")
 
+    lessons = lessons.to(model.device)
+
     def loss(pieces: Tensor) -> Tensor:
         with products_in(steps.dtype, model.device), parametrize.cached():
             return lessons.loss(model, pieces)

@@ -26,6 +26,8 @@ def tune(model: nn.Module, lessons: Lessons, steps: Steps = Steps()) -> None:
     norms = norms_of(model) | {"final": model.get_submodule(family_of(model).final_norm)}
     grids = {name: transform.grid for name, transform in standing(model).items() if transform.rounds}
 
+    lessons = lessons.to(model.device)
+
     def loss(pieces: Tensor) -> Tensor:
         with products_in(steps.dtype, model.device):
             return lessons.loss(model, pieces)
