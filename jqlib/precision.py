@@ -9,9 +9,10 @@ def products_dtype(choice: ComputeDtype, device: str | torch.device) -> torch.dt
     """What ``choice`` means on a device; "auto": bfloat16 on GPUs and on processors that multiply it (AMX, AVX512)."""
     if choice != "auto":
         return getattr(torch, choice)
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
     can = torch.cpu.get_capabilities()
-    fast = torch.device(device).type != "cpu" or can.get("amx_bf16") or can.get("avx512_bf16")
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else torch.float32
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
