@@ -14,12 +14,16 @@ LARGE = 2**16  # numbers; below it there is nothing to win
 
 
 def fused(function: Callable) -> Callable:
-    """``function`` of a tensor on the processor and more; its result may differ in the last digits once compiled."""
+    """``function`` of a tensor on the processor and more; its result may differ in the last digits once compiled.
+
+    No gradients pass.
+    """
     compiled, fails = None, False
 
     @wraps(function)
     def run(x: Tensor, *more):
         nonlocal compiled, fails
+        x = x.detach()  # a parameter would be compiled for its own shape alone
         if fails or x.numel() < LARGE or x.device.type != "cpu":
             return function(x, *more)
         try:

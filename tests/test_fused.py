@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from jqlib.fused import LARGE, fused
 from jqlib.transform.grids import _errors, _rounded, _slopes
@@ -22,6 +23,15 @@ def test_compiled_functions_give_what_is_written(function):
     given = arguments(function)
     found, expected = function(*given), function.__wrapped__(*given)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)  # the slope by clip is a sum over all tokens
+
+
+def test_parameters_of_other_shapes_are_not_compiled_anew():
+    once = fused(lambda x: 2 * x)
+    for rows in (2, 3, 5, 7):
+        once(torch.nn.Parameter(torch.ones(rows, LARGE)))
+    before = counters["stats"]["unique_graphs"]
+    once(torch.nn.Parameter(torch.ones(11, LARGE)))
+    assert counters["stats"]["unique_graphs"] == before > 0
 
 
 def test_where_nothing_compiles_it_runs_as_it_is_written(monkeypatch, caplog):

@@ -96,3 +96,11 @@ def test_random_hadamard(n):
     torch.testing.assert_close(R.abs(), torch.full((n, n), n**-0.5))
     assert torch.equal(R, random_hadamard(n, seed=1))
     assert n == 1 or not torch.equal(R, random_hadamard(n, seed=2))
+
+
+def test_first_used_without_gradients_it_has_them_later():
+    with torch.inference_mode():
+        hadamard_transform(torch.ones(1, 20))
+    x = torch.ones(1, 20, requires_grad=True)
+    hadamard_transform(x)[0, 0].backward()
+    torch.testing.assert_close(x.grad[0], hadamard_matrix(20)[:, 0] / 20**0.5)

@@ -7,6 +7,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from jqlib.learn.activations import collect_activations
+from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import FAMILIES, LLAMA, site_targets
 from jqlib.model.walk import walk
 
@@ -39,11 +40,11 @@ def test_hidden_states_are_the_models_own(qwen, tokens, attention):
     assert len(expected) == 5
     for i, step in enumerate(walk(model, windows, "test")):
         assert step.name == f"model.layers.{i}"
-        torch.testing.assert_close(torch.cat(step.hidden), expected[i], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(step.hidden, expected[i], rtol=1e-4, atol=1e-5)
         if i % 2:
             step.forward()  # by hand or by the walk: once
     with torch.inference_mode():
-        last = model.model.norm(torch.cat(step.hidden))
+        last = model.model.norm(step.hidden)
     torch.testing.assert_close(last, expected[4], rtol=1e-4, atol=1e-5)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
@@ -85,7 +86,15 @@ def test_activations_collected_on_the_walk_are_the_models_own(qwen, tokens):
 def test_a_walk_that_is_left_early_leaves_no_hook(qwen, tokens):
     model = qwen()
     for step in walk(model, tokens(2, SEQLEN), "test"):
-        found = step.inputs(step.hidden[0], {"mlp.down_proj": "here"})
+        found = step.inputs(step.hidden[:1], {"mlp.down_proj": "here"})
         break
     assert found["here"].shape == (SEQLEN, 64)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_whoever_wants_no_progress_sees_none(tiny_model, tokens, capsys):
+    """conftest sets TQDM_DISABLE: bars that are left out for other reasons must not overrule it elsewhere."""
+    knob = torch.zeros(1, requires_grad=True)
+    list(walk(tiny_model(), tokens(), "layers"))
+    minimise_by_steps({"a": knob}, lambda _: knob.sum(), tokens(), {"a": 1.0}, Steps(2), "steps")
+    assert capsys.readouterr().err == ""

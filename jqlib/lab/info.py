@@ -8,10 +8,10 @@ from torch import nn
 from jqlib.config import Config
 from jqlib.inputs import dtype_of
 from jqlib.lab.disk import on_disk
-from jqlib.learn.lessons import PIECE, ROWS
-from jqlib.learn.steps import together
+from jqlib.learn.lessons import ROWS
 from jqlib.model.families import R1_SITES, family_of, head_dim_of, linears_of, sites_of
 from jqlib.model.load import without_weights
+from jqlib.model.walk import tokens_at_once
 from jqlib.precision import products_dtype
 from jqlib.transform.hadamard import factors
 
@@ -55,7 +55,7 @@ def peak_bytes(config: Config) -> int:
     samples = 4 * config.max_tokens * sum(site.width for site in sites) + 8 * 4 * shape.hidden_size**2
     hessian = 8 * 4 * max(linear.in_features for linear in linears.values()) ** 2
     logits = 4 * (config.eval_seqlen + 4 * ROWS) * shape.vocab_size  # float32: a window's, and a few of some rows
-    tokens = min(config.step_tokens, together(config.device) * PIECE)
+    tokens = min(config.step_tokens, tokens_at_once(config.device))
     kept = 20 * shape.num_hidden_layers * tokens * (6 * shape.hidden_size + 4 * shape.intermediate_size)
     return weights * dtype.itemsize + max(samples, hessian) + kept + logits + 2 * PYTHON
 

@@ -78,8 +78,9 @@ def collect_activations(
     windows = calib_data if isinstance(calib_data, Tensor) else torch.cat([w.view(-1, w.shape[-1]) for w in calib_data])
     if device is not None and torch.device(device).type != model.device.type:
         raise ValueError(f"device={device!r}, but the model is on {model.device}: move it with model.to({device!r})")
-    kept_positions = sampled(windows.numel(), max_tokens, seed).view(windows.shape)  # bool
+    kept_positions = sampled(windows.numel(), max_tokens, seed)  # bool
     kept: dict[str, list[Tensor]] = {name: [] for name in targets}
+    seen = dict.fromkeys(targets, 0)  # tokens
     hosts = _watched(model, targets, raw)
 
     def record(name: str, x: Tensor) -> None:
@@ -89,7 +90,7 @@ def collect_activations(
                 f"NaN or Inf in the input of {name}: the model is broken before any quantisation "
                 "(try dtype=float32, or check the checkpoint)"
             )
-        keep = kept_positions[len(kept[name])]
+        keep, seen[name] = kept_positions[seen[name] :][: len(x)], seen[name] + len(x)
         kept[name].append(x[keep.to(x.device)].float().cpu())
         if moments is not None:
             batch = Moments.of(x)

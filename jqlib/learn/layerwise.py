@@ -9,7 +9,6 @@ a few tokens of massive activations would drown all others.
 from copy import deepcopy
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from jqlib.learn.rounded import RATES, learnable
@@ -55,7 +54,7 @@ def round_layer_by_layer(
 
 
 def _learn(
-    step: Step, places: list[Place], bits: int, groupsize: int, pieces: Tensor, targets: list[Tensor], steps: Steps
+    step: Step, places: list[Place], bits: int, groupsize: int, pieces: Tensor, targets: Tensor, steps: Steps
 ) -> None:
     """Round a layer's weights and learn it, towards ``targets``, its outputs in FP for all pieces."""
     hessians, aims = hessians_of(replace(step, hidden=step.hidden[::EVERY]), places), {}
@@ -66,7 +65,7 @@ def _learn(
     grids = {place.name: place.host.transform.grid for place in places if hasattr(place.host, "transform")}
 
     def loss(chosen: Tensor) -> Tensor:
-        x, y = (torch.cat([hidden[i] for i in chosen]) for hidden in (step.hidden, targets))
+        x, y = step.hidden[chosen], targets[chosen]
         with products_in(steps.dtype, x.device):
             found = step.run(x)
         return ((found - y).square().sum(-1) / y.square().sum(-1)).mean()

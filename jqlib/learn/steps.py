@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from jqlib.model.walk import tokens_at_once
+from jqlib.replay import Replayed
+
 KEEP_EVERY = 25  # steps
 BETAS, EPS = (0.9, 0.99), 1e-15  # gradients of single weights are far below Adam's usual 1e-8
-
-
-def together(device: str | torch.device) -> int:
-    """Pieces of text in memory at a time: a GPU stands idle on few."""
-    return 16 if torch.device(device).type == "cuda" else 4
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,25 @@ def minimise_by_steps(
     first = _load(steps.resume, knobs, optimiser) if steps.resume else 0
     size = max(1, steps.tokens // ids.shape[1])
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(steps.seed))
-    at_once = together(next(iter(knobs.values())).device)
-    with tqdm(desc=label, total=steps.count, initial=first, unit="step", disable=steps.quiet) as bar:
+    device = next(iter(knobs.values())).device
+    together = max(1, tokens_at_once(device) // ids.shape[1])
+
+    def run(pieces: Tensor) -> Tensor:
+        optimiser.zero_grad()
+        loss = loss_of(pieces)
+        loss.backward()
+        return loss.detach()
+
+    whole = Replayed(run, device)
+    shown = {"disable": True} if steps.quiet else {}  # False would overrule the user's TQDM_DISABLE
+    with tqdm(desc=label, total=steps.count, initial=first, unit="step", **shown) as bar:
         for step in range(first, steps.count):
-            optimiser.zero_grad()
             pieces = order[torch.arange(step * size, (step + 1) * size) % len(ids)]
-            loss = sum(_backward(loss_of(some), len(some) / size) for some in pieces.split(at_once))
+            if size <= together:
+                loss = whole(pieces).item()
+            else:
+                optimiser.zero_grad()
+                loss = sum(_backward(loss_of(some), len(some) / size) for some in pieces.split(together))
             if not math.isfinite(loss):
                 raise FloatingPointError(f"{label}: the loss turned {loss} at step {step}")
             for group in optimiser.param_groups:
@@ -88,6 +99,6 @@ def _state(knobs: dict[str, Tensor], optimiser, step: int) -> dict[str, Tensor]:
 def _load(state: dict[str, Tensor], knobs: dict[str, Tensor], optimiser) -> int:
     for name, p in knobs.items():
         p.data.copy_(state[f"value {name}"])
-        optimiser.state[p] = {key: state[f"{key} {name}"].to(p.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
-        optimiser.state[p]["step"] = state[f"step {name}"].clone()
+        keys = ("step", "exp_avg", "exp_avg_sq")
+        optimiser.state[p] = {key: state[f"{key} {name}"].to(p.device, copy=True) for key in keys}
     return int(state["step"])

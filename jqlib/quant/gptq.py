@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from jqlib.model.families import Place, sites_of
 from jqlib.model.walk import Step, walk
 from jqlib.quant.packed import set_weight
+from jqlib.replay import Replayed
 from jqlib.transform.grids import round_symmetric, round_to_nearest, spread, weight_scales
 
 log = logging.getLogger(__name__)
@@ -112,18 +114,25 @@ def _columns(weight: Tensor, scale: Tensor, inverse: Tensor, bits: int) -> Tenso
 
     What the errors before it in its block mean for a column is one product when its turn comes.
     """
-    rounded, diagonal = torch.empty_like(weight), inverse.diagonal().tolist()
+    rounded, replayed = torch.empty_like(weight), Replayed(partial(_block, bits=bits), weight.device)
     for start in range(0, len(weight), BLOCK):
         end = min(start + BLOCK, len(weight))
-        errors = torch.empty_like(weight[start:end])
+        block = replayed if end - start == BLOCK else partial(_block, bits=bits)
         with one_thread():
-            for i in range(start, end):
-                before = i - start
-                column = weight[i].addmv_(errors[:before].T, inverse[start:i, i], alpha=-1) if before else weight[i]
-                rounded[i] = round_symmetric(column, scale[i], bits)
-                torch.sub(column, rounded[i], out=errors[before]).div_(diagonal[i])
+            weight[start:end], rounded[start:end], errors = block(*(x[start:end] for x in (weight, scale)),
+                                                                  inverse[start:end, start:end])  # fmt: skip
         weight[end:].addmm_(inverse[start:end, end:].T, errors, alpha=-1)
     return rounded
+
+
+def _block(weight: Tensor, scale: Tensor, inverse: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The loop within a block: its columns' aims, the rounded ones, and the errors to pass on."""
+    aims, rounded, errors = (torch.empty_like(weight) for _ in range(3))
+    for i in range(len(weight)):
+        column = torch.addmv(weight[i], errors[:i].T, inverse[:i, i], alpha=-1, out=aims[i])
+        rounded[i] = round_symmetric(column, scale[i], bits)
+        torch.sub(column, rounded[i], out=errors[i]).div_(inverse[i, i])
+    return aims, rounded, errors
 
 
 @contextmanager
@@ -169,9 +178,9 @@ def _statistics(step: Step, plain: Step | None, group: Iterable[Place]) -> tuple
     names = {place.name.removeprefix(f"{step.name}."): place.name for place in group}
     hessians: dict[str, Tensor] = {}
     errors: dict[str, Tensor] = {}
-    for i, x in enumerate(step.hidden):
-        exact = plain.inputs(plain.hidden[i], names) if plain else {}
-        for name, found in step.inputs(x, names).items():
+    for part in step.parts():
+        exact = plain.inputs(plain.hidden[part], names) if plain else {}
+        for name, found in step.inputs(step.hidden[part], names).items():
             _add_product(hessians, name, found, found)
             if plain:
                 _add_product(errors, name, exact[name] - found, found)

@@ -38,12 +38,18 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
     block = 1  # what follows the axis of the current factor
     with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a massive channel would drown the others
         for order in reversed(factors(n)):
-            H = _base(order).to(y) / order**0.5
+            H = _factor(order, y.dtype, y.device)
             H = H.T if inverse else H
             y = y.view(-1, order, block)  # (tokens · before, order, block)
             y = y.view(-1, order) @ H if block == 1 else H.T @ y
             block *= order
     return y.reshape(x.shape).to(x.dtype)
+
+
+@cache
+def _factor(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the mode that it is first asked for in
+        return _base(order).to(device, dtype) / order**0.5
 
 
 def transform_operations(n: int) -> int:

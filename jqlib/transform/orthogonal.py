@@ -49,7 +49,7 @@ def nearby_polar(M: Tensor) -> Tensor:
 def turned(R: Tensor, generator: Tensor) -> Tensor:
     """R turned by the Cayley transform of a generator's skew part: a rotation again."""
     skew, eye = (generator - generator.mT) / 2, torch.eye(R.shape[-1], device=R.device)
-    return torch.linalg.solve(eye + skew, (eye - skew) @ R)
+    return torch.linalg.solve_ex(eye + skew, (eye - skew) @ R).result  # never singular
 
 
 def orthogonality_error(R: Tensor) -> float:
