@@ -54,7 +54,7 @@ def test_gradients_predict_the_divergence_that_small_noise_makes(tiny_model, tok
     """KL after noise of known size on what a site reads, against ½ size² E ‖h‖²."""
     model, windows = tiny_model(), tokens(16, 64)
     fuse_layer_norms(model)
-    x, h = inputs_and_gradients(model, windows)[site_targets(model, "qkv")[1]]
+    x, h = inputs_and_gradients(model, windows, torch.rand(windows.shape))[site_targets(model, "qkv")[1]]
     assert x.shape == h.shape == (16 * 64, HIDDEN)
     norm = model.model.layers[1].input_layernorm
     generator, size = torch.Generator().manual_seed(0), 1e-2
@@ -68,7 +68,7 @@ def test_gradients_predict_the_divergence_that_small_noise_makes(tiny_model, tok
 
 def test_labels_are_drawn_by_their_probabilities():
     p = torch.tensor([0.5, 0.0, 0.25, 0.1, 0.15])
-    draw = lambda seed: _labels(p.expand(50_000, 5), torch.Generator().manual_seed(seed))  # noqa: E731
+    draw = lambda seed: _labels(p.expand(50_000, 5), torch.rand(50_000, generator=torch.Generator().manual_seed(seed)))  # noqa: E731
     drawn = draw(3)
     torch.testing.assert_close(drawn.bincount(minlength=5) / 50_000, p, rtol=0, atol=0.01)
     assert not torch.equal(drawn, draw(4))
@@ -78,7 +78,7 @@ def test_inputs_are_what_is_collected(tiny_model, tokens):
     model, ids = tiny_model(), tokens(1, 32)
     wanted = collect_activations(model, ids, site_targets(model, "qkv", "ug"), max_tokens=None)
     fuse_layer_norms(model)
-    for name, (x, _) in inputs_and_gradients(model, ids).items():
+    for name, (x, _) in inputs_and_gradients(model, ids, torch.rand(ids.shape)).items():
         torch.testing.assert_close(x, wanted.pop(name), rtol=1e-4, atol=1e-5)
     assert not wanted
 
@@ -98,7 +98,7 @@ def test_the_start_gathers_channels_of_like_gain(tiny_model):
 
 def total(model, windows, R, scales) -> float:
     transforms = transforms_of(model, R, norm_scale=scales, grids=dict.fromkeys(scales, Grid(4, 0.9)))
-    found = inputs_and_gradients(model, windows)
+    found = inputs_and_gradients(model, windows, torch.rand(windows.shape, generator=torch.Generator().manual_seed(0)))
     return sum(cost(transforms[name], *xh, 4, 128).item() for name, xh in found.items())
 
 

@@ -78,6 +78,7 @@ def test_every_recipe_keeps_the_model_until_it_rounds(config, name):
     ("control", {"r1": None, "refine": ("smooth", "clip")}),
 ])  # fmt: skip
 def test_what_is_refined_is_the_model_that_is_built(config, name, changes):
+    config = replace(config, a_bits=8)  # at 4 a value that lies half-way makes waves whichever way it is rounded
     recipe = replace(RECIPES[name], **changes)
     model, found = pipeline.load_model(config), pipeline.transforms(config, recipe)
     clips = {site: transform.grid.clip.item() for site, transform in found.items()}

@@ -59,11 +59,13 @@ def train_r1_output(
     transforms = transforms_of(model, R1, norm_scale=gains, grids=grids)
     transforms = {name: transforms[name] for name in sites_of(model, *R1_SITES)}
 
-    ids = cut(windows)
+    ids = cut(windows).to(model.device)
+    check_logits(model, ids[:1])
+    draws = torch.rand(ids.shape, generator=torch.Generator().manual_seed(steps.seed)).to(model.device)
 
     def loss(pieces: Tensor) -> Tensor:
         with products_in(steps.dtype, model.device):
-            seen = inputs_and_gradients(model, ids[pieces].to(model.device), steps.seed)
+            seen = inputs_and_gradients(model, ids[pieces], draws[pieces])
         with parametrize.cached():
             return torch.stack([cost(transforms[name], *xh, w_bits, groupsize) for name, xh in seen.items()]).sum()
 
@@ -100,11 +102,18 @@ def gathered_start(model: nn.Module, seed: int = 0) -> tuple[Tensor, dict[str, T
     return R1, {name: mean.exp() for name, mean in zip(norms, means, strict=True)}
 
 
-def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
+@torch.inference_mode()
+def check_logits(model: nn.Module, ids: Tensor) -> None:
+    """FloatingPointError if they are not finite."""
+    if not torch.isfinite(model(ids, use_cache=False).logits).all():
+        raise FloatingPointError("NaN or Inf in the model's logits: try --dtype float32")
+
+
+def inputs_and_gradients(model: nn.Module, ids: Tensor, draws: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     """What the sites behind norms read, and the loss's gradient there, ``{site: (x, h)}``.
 
-    ``ids``: (sequences, tokens); with ``seed`` they decide which labels are drawn. x and h: (sequences * tokens,
-    hidden), float32. Raises FloatingPointError if the logits are not finite.
+    ``ids``: (sequences, tokens). ``draws``, shaped as they are: numbers in [0, 1) that decide which labels are drawn. x
+    and h: (sequences * tokens, hidden), float32.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -120,24 +129,21 @@ def inputs_and_gradients(model: nn.Module, ids: Tensor, seed: int = 0) -> dict[s
     with removing(handles):
         state = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
         head = model.get_output_embeddings().weight
-        state.backward(_slope(state.detach(), head, seed + ids.sum().item()))  # other labels for every text
+        state.backward(_slope(state.detach(), head, draws.flatten()))
     return found
 
 
 @torch.no_grad()
-def _slope(state: Tensor, head: Tensor, seed: int) -> Tensor:
+def _slope(state: Tensor, head: Tensor, draws: Tensor) -> Tensor:
     """Of −Σ log p(y), y drawn from the model's own p for each token, by what the head reads, (tokens, hidden)."""
-    generator, slopes = torch.Generator(state.device).manual_seed(seed), []
-    for rows in state.split(ROWS):
+    slopes = []
+    for rows, drawn in zip(state.split(ROWS), draws.split(ROWS), strict=True):
         p = linear(rows, head).float().softmax(-1)
-        if not torch.isfinite(p).all():
-            raise FloatingPointError("NaN or Inf in the model's logits: try --dtype float32")
-        slopes.append(p.scatter_add(-1, _labels(p, generator)[:, None], -torch.ones_like(p[:, :1])) @ head)
+        slopes.append(p.scatter_add(-1, _labels(p, drawn)[:, None], -torch.ones_like(p[:, :1])) @ head)
     return torch.cat(slopes)
 
 
-def _labels(p: Tensor, generator: torch.Generator) -> Tensor:
+def _labels(p: Tensor, draws: Tensor) -> Tensor:
     """A label for each row of (tokens, vocabulary), by its probabilities; torch.multinomial takes ten times longer."""
     upto = p.cumsum(-1)
-    drawn = torch.rand(len(upto), 1, generator=generator, device=upto.device) * upto[:, -1:]
-    return torch.searchsorted(upto, drawn)[:, 0]
+    return torch.searchsorted(upto, draws[:, None] * upto[:, -1:])[:, 0]
