@@ -45,8 +45,9 @@ from jqlib.quant.quantize import round_inputs, round_weights
 from jqlib.quant.spare import spare
 from jqlib.recipes import RECIPES, SMOOTHED_BY_CHOICE, Recipe
 from jqlib.store import Artifact, Made
-from jqlib.transform.build import build, done, online_operations
+from jqlib.transform.build import build, done
 from jqlib.transform.grids import OFF
+from jqlib.transform.install import online_operations
 from jqlib.transform.transform import Grid, unpacked
 
 __all__ = [

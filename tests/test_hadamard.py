@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jqlib.transform.hadamard import factors, hadamard_matrix, hadamard_transform, random_hadamard
+from jqlib.transform.hadamard import (
+    block_order,
+    factors,
+    hadamard_matrix,
+    hadamard_transform,
+    random_hadamard,
+    transform_operations,
+)
 
 DENSE = [576, 896, 960, 1536, 2048, 2560, 3072, 3584, 4096, 4864, 5120]
 HUGE = [8192, 8960, 9728, 11008, 12288, 13824, 14336, 17408, 18944, 25600, 28672, 29568]
@@ -75,12 +82,33 @@ def test_transform_of_a_view_that_is_not_contiguous():
 
 @pytest.mark.parametrize("n", [3, 6, 18, 30, 100, 576 + 4, 2 * 577])
 def test_impossible_or_unknown_sizes(n):
-    def transform(n):
-        return hadamard_transform(torch.ones(n))
-
-    for call in (factors, hadamard_matrix, partial(random_hadamard, seed=0), transform):
+    for call in (factors, hadamard_matrix):
         with pytest.raises(ValueError, match=f"order {n}"):
             call(n)
+
+
+@pytest.mark.parametrize(("n", "order"), [(576, 576), (100, 20), (18, 2), (13696, 128), (428, 4), (1, 1)])
+def test_sizes_without_a_matrix_have_blocks_of_the_largest_that_divides(n, order):
+    assert block_order(n) == order
+    x = random(3, n, seed=0, dtype=torch.float64)
+    blocks = x.view(3, -1, order) @ hadamard_matrix(order).double() / order**0.5
+    torch.testing.assert_close(hadamard_transform(x), blocks.view(3, n), rtol=0, atol=1e-12)
+    torch.testing.assert_close(hadamard_transform(hadamard_transform(x), inverse=True), x, rtol=0, atol=1e-12)
+    assert transform_operations(n) == n * sum(factors(order))
+    if n < 10_000:
+        R = random_hadamard(n, seed=0)
+        assert (R @ R.T - torch.eye(n)).abs().max() < 1e-5
+        assert all(R[i : i + order, i : i + order].all() for i in range(0, n, order))
+        assert (R != 0).sum() == n * order
+
+
+@pytest.mark.parametrize(
+    "call", [block_order, partial(random_hadamard, seed=0), lambda n: hadamard_transform(torch.ones(n))]
+)
+@pytest.mark.parametrize("n", [3, 107, 577 * 3])
+def test_an_odd_size_has_no_blocks(call, n):
+    with pytest.raises(ValueError, match=f"order {n}"):
+        call(n)
 
 
 @pytest.mark.parametrize("n", [0, -4])

@@ -9,8 +9,9 @@ from jqlib.learn.activations import collect_activations
 from jqlib.learn.smooth import compute_simple_smooth_scale
 from jqlib.model.families import site_targets
 from jqlib.quant.quantize import quantize_model
-from jqlib.transform.build import build, done, fuse_layer_norms, online_operations, rotate_model, transforms_of
+from jqlib.transform.build import build, done, fuse_layer_norms, rotate_model, transforms_of
 from jqlib.transform.hadamard import hadamard_matrix, random_hadamard
+from jqlib.transform.install import online_operations
 
 HIDDEN, KV, D = 48, 2, 8
 EXACT = torch.float64, 1e-9

@@ -11,8 +11,8 @@ from jqlib.learn.steps import Steps
 from jqlib.learn.tune import tune
 from jqlib.model.families import linears_of, site_targets
 from jqlib.quant.packed import codes_of
-from jqlib.transform.build import standing
 from jqlib.transform.grids import spread
+from jqlib.transform.install import standing
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from jqlib.model.families import R1_SITES, family_of, head_dim_of, linears_of, s
 from jqlib.model.load import without_weights
 from jqlib.model.walk import tokens_at_once
 from jqlib.precision import products_dtype
-from jqlib.transform.hadamard import factors
+from jqlib.transform.hadamard import block_order, factors
 
 PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the runner is one, a kernel another
 
@@ -73,7 +73,9 @@ def _rotations(hidden: int, head: int, intermediate: int) -> list[str]:
     lines = []
     for name, size in {"R1": hidden, "R2, R3": head, "R4": intermediate}.items():
         try:
-            lines.append(f"{name:6s} {size:6d} = {' · '.join(map(str, factors(size)))}")
+            order = block_order(size)
+            blocks = "" if order == size else f"{size // order} blocks of {order} = "
+            lines.append(f"{name:6s} {size:6d} = {blocks}{' · '.join(map(str, factors(order)))}")
         except ValueError as error:
             lines.append(f"{name:6s} {size:6d}: {error}")
     return lines

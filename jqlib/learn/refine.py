@@ -17,8 +17,8 @@ from jqlib.learn.lessons import Lessons
 from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import Place, sites_of
 from jqlib.precision import products_in
-from jqlib.transform.build import install
 from jqlib.transform.grids import OFF
+from jqlib.transform.install import install
 from jqlib.transform.orthogonal import turned
 from jqlib.transform.transform import Rotation, Transform
 

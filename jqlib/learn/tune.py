@@ -13,7 +13,8 @@ from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import family_of, norms_of
 from jqlib.precision import products_in
 from jqlib.quant.packed import rounded_linears
-from jqlib.transform.build import done, standing
+from jqlib.transform.build import done
+from jqlib.transform.install import standing
 
 
 def tune(model: nn.Module, lessons: Lessons, steps: Steps = Steps()) -> None:

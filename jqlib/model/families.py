@@ -5,7 +5,7 @@ residual stream behind a norm, ``o`` and ``down`` read inside a block and write 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Family:
 
     sites: tuple[Site, ...]
     writers: tuple[str, ...]  # linears whose output is added to the residual stream
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)  # linears that hold several, by layer: `split`
     attention: str = "self_attn"  # relative to the layer
     embed: str = "model.embed_tokens"
     layers: str = "model.layers"
@@ -43,7 +44,31 @@ LLAMA = Family(
     ),
     writers=("self_attn.o_proj", "mlp.down_proj"),
 )
-FAMILIES = {"llama": LLAMA}  # transformers' model_type -> Family
+QKV, UG = "self_attn.qkv_proj", "mlp.gate_up_proj"
+PHI3 = replace(
+    LLAMA,
+    sites=(
+        Site("qkv", (f"{QKV}.q_proj", f"{QKV}.k_proj", f"{QKV}.v_proj"), norm="input_layernorm"),
+        Site("o", ("self_attn.o_proj",), source=f"{QKV}.v_proj"),
+        Site("ug", (f"{UG}.up_proj", f"{UG}.gate_proj"), norm="post_attention_layernorm"),
+        Site("down", ("mlp.down_proj",), source=f"{UG}.up_proj"),
+    ),
+    joined={QKV: ("q_proj", "k_proj", "v_proj"), UG: ("gate_proj", "up_proj")},
+)
+# transformers' model_type -> Family. Whether an entry is right, `jqlib.transform.selfcheck` tries on a small model.
+FAMILIES = {
+    "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "smollm3": LLAMA, "phi3": PHI3,
+}  # fmt: skip
+EXPERTS = "it has a mixture of experts: a linear of it sees only some tokens, and no one site feeds them all"
+ONE_MORE = "its norms multiply by 1 + weight, and more norms stand behind its blocks: R1 can't pass those"
+BEHIND = "its norms stand behind the blocks, not before them: R1 can't pass those"
+REASONS = {  # why a model_type has no entry, where that is known
+    "mixtral": EXPERTS, "qwen2_moe": EXPERTS, "qwen3_moe": EXPERTS, "phimoe": EXPERTS, "gpt_oss": EXPERTS,
+    "deepseek_v2": EXPERTS, "deepseek_v3": EXPERTS, "llama4": EXPERTS, "llama4_text": EXPERTS, "olmoe": EXPERTS,
+    "gemma": "its norms multiply by 1 + weight and its embedding by √hidden", "gemma2": ONE_MORE, "gemma3": ONE_MORE,
+    "gemma3_text": ONE_MORE, "olmo2": BEHIND, "olmo3": BEHIND, "glm4": BEHIND,
+    "gpt2": "it has LayerNorms, which take the mean off", "phi": "it has LayerNorms, which take the mean off",
+}  # fmt: skip
 R1_SITES = ("qkv", "ug")
 
 
@@ -121,6 +146,36 @@ def site_targets(model: nn.Module, *kinds: str) -> list[str]:
     ``site_targets(model, "qkv", "ug")`` are R1's targets, ``site_targets(model, "o")`` are R2's.
     """
     return list(sites_of(model, *kinds))
+
+
+def split(model: nn.Module) -> nn.Module:
+    """Put a `Joined` in the place of every linear that holds several, in place; the model."""
+    config, d = model.config, head_dim_of(model)
+    rows = dict.fromkeys(("gate_proj", "up_proj"), config.intermediate_size)
+    rows |= dict.fromkeys(("k_proj", "v_proj"), config.num_key_value_heads * d)
+    rows["q_proj"] = config.num_attention_heads * d
+    for _, layer in layers_of(model):
+        for name, parts in family_of(model).joined.items():
+            joined = Joined(layer.get_submodule(name), {part: rows[part] for part in parts})
+            layer.set_submodule(name, joined)
+    return model
+
+
+class Joined(nn.Module):
+    """Linears that read the same, each with its name and ``rows``, for the one ``linear`` that a checkpoint has."""
+
+    def __init__(self, linear: nn.Linear, rows: dict[str, int]):
+        super().__init__()
+        biases = [None] * len(rows) if linear.bias is None else linear.bias.data.split([*rows.values()])
+        for name, weight, bias in zip(rows, linear.weight.data.split([*rows.values()]), biases, strict=True):
+            part = nn.Linear(linear.in_features, len(weight), bias is not None, device="meta")
+            part.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            if bias is not None:
+                part.bias = nn.Parameter(bias.clone(), requires_grad=False)
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.children()], -1)
 
 
 def head_dim_of(model: nn.Module) -> int:

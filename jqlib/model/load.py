@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from jqlib.model import embedded
-from jqlib.model.families import FAMILIES
+from jqlib.model.families import FAMILIES, REASONS, split
+from jqlib.model.gguf_file import check_gguf, check_tensors, check_tokenizer
 
 FLOAT32_UP_TO = 2e9  # parameters; a larger model is loaded as its checkpoint has it, unless told otherwise
 
@@ -29,21 +30,27 @@ def get_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype 
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model = _load(AutoModelForCausalLM, name, _source(name), dtype=dtype)
+        source = _source(name)
+        model, found = _load(AutoModelForCausalLM, name, source, dtype=dtype, output_loading_info=True)
     finally:
         if bars:
             hf_logging.enable_progress_bar()
-    return model.to(device).eval().requires_grad_(False)
+    if (gguf := _gguf_of(source)) is not None:
+        check_tensors(gguf, model)
+    _check_complete(name, found)
+    return split(model).to(device).eval().requires_grad_(False)
 
 
 def load_config(name: str):
     """The model's Hugging Face config, without its weights. Raises ValueError for a family that is not supported."""
-    config = _load(AutoConfig, name, _source(name))
+    source = _source(name)
+    config = _load(AutoConfig, name, source)
+    if (gguf := _gguf_of(source)) is not None:
+        check_gguf(gguf, config)
     if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{name} is a {config.model_type!r} model; jqlib supports {', '.join(sorted(FAMILIES))}. "
-            "A family is one entry of FAMILIES in jqlib/model/families.py."
-        )
+        reason = REASONS.get(config.model_type, "a family is one entry of FAMILIES in jqlib/model/families.py")
+        supported = ", ".join(sorted(FAMILIES))
+        raise ValueError(f"{name} is a {config.model_type!r} model; jqlib supports {supported}: {reason}")
     return config
 
 
@@ -57,8 +64,29 @@ def get_tokenizer(name: str):
     if path.is_dir() and "gguf_file" not in source and not any(path.glob("tokenizer*")):
         raise FileNotFoundError(f"{path} has no tokenizer: save it there with tokenizer.save_pretrained")
     tokenizer = _load(AutoTokenizer, name, source)
+    if (gguf := _gguf_of(source)) is not None:
+        check_tokenizer(gguf, tokenizer)
     tokenizer.default_dataset = embedded.CORPUS if name == embedded.MODEL else "wikitext2"
     return tokenizer
+
+
+def _check_complete(name: str, found: dict) -> None:
+    """All weights of the config are in the files, and all weights in the files are used."""
+    problems = {
+        "missing_keys": "weights that its config needs are not in its files",
+        "unexpected_keys": "weights in its files are not used by its config",
+    }
+    for kind, problem in problems.items():
+        if names := sorted(found[kind]):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"{name}: {problem}: {', '.join(names[:3])}{more}. Is the download whole, is config.json its own?"
+            )
+
+
+def _gguf_of(source: dict) -> Path | None:
+    file = source.get("gguf_file")
+    return file and Path(source["pretrained_model_name_or_path"]) / file
 
 
 def _source(name: str) -> dict:
@@ -114,7 +142,7 @@ def without_weights(name: str) -> nn.Module:
     """The model's modules on the meta device: shapes, and no memory."""
     config = load_config(name)  # may have to convert a GGUF: not on the meta device
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return split(AutoModelForCausalLM.from_config(config))
 
 
 def fingerprint(name: str) -> str:

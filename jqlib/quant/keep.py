@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jqlib.model.families import attentions_of, sites_of
+from jqlib.model.families import attentions_of, sites_of, split
 from jqlib.quant.kv_cache import quantize_kv_cache
 from jqlib.quant.packed import pack_weights, rounded_linears, unpack_weights
-from jqlib.transform.build import done, install, standing
+from jqlib.transform.build import done
 from jqlib.transform.grids import OFF
+from jqlib.transform.install import install, standing
 from jqlib.transform.transform import packed, unpacked
 
 
@@ -53,7 +54,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
             kind, _, name = key.partition(" ")
             tensors[kind][name] = file.get_tensor(key)
     config = AutoConfig.for_model(**about["config"])
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"])).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"]))
+    model = split(model).eval().requires_grad_(False)
     places = sites_of(model)
     for name, transform in unpacked(tensors["transform"], about["transforms"]).items():
         install(model, places[name], transform)

@@ -7,7 +7,7 @@ outliers (QuaRot §4). Simulated: a key is rotated, rounded and turned back, so 
 from torch import Tensor, nn
 
 from jqlib.model.families import attentions_of, head_dim_of
-from jqlib.transform.build import refuse_to_save
+from jqlib.transform.install import refuse_to_save
 from jqlib.transform.transform import Grid, Hadamard, Transform
 
 

@@ -11,9 +11,10 @@ from jqlib.model.families import Place, head_dim_of, linears_of, sites_of
 from jqlib.quant.gptq import quantize_weights_gptq
 from jqlib.quant.kv_cache import quantize_kv_cache
 from jqlib.quant.packed import set_weight
-from jqlib.transform.build import begin, done, install
+from jqlib.transform.build import begin, done
 from jqlib.transform.grids import OFF, check_bits, round_to_nearest
-from jqlib.transform.hadamard import factors
+from jqlib.transform.hadamard import block_order
+from jqlib.transform.install import install
 from jqlib.transform.transform import Grid, Transform
 
 
@@ -55,7 +56,7 @@ def quantize_model(
         raise ValueError("weights='gptq' needs calib_data: token windows, as get_calibration_data gives them")
     d = head_dim_of(model)
     if kv_bits < OFF:
-        factors(d)  # raises if no Hadamard matrix has that size
+        block_order(d)  # raises if there is no Hadamard matrix for R3
     begin(model, "quantised")
     done(model).add("quantised")  # if it fails half-way, a second call must not round what is rounded
     sizes = {name: d if p.kind == "o" and o_per_head else a_groupsize for name, p in sites.items()}

@@ -1,16 +1,14 @@
 """Transforms merged into a model's weights, without changing what it computes; what can't be merged runs in it.
 
-Every weight is merged once: read in float64, turned on the side of its inputs and on that of its outputs, and cast
-back once. R1 and R2 vanish into the weights; R4, a Hadamard transform of down_proj's input, runs online, and so may one
-at any other site (QuIP#'s, QuaRot's).
+Every weight is merged once (`jqlib.transform.merge`). R1 and R2 vanish into the weights; R4, a Hadamard transform of
+down_proj's input, runs online, and so may one at any other site (QuIP#'s, QuaRot's).
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
-import torch
 from torch import Tensor, nn
 
-from jqlib.model.families import Place, family_of, head_dim_of, layers_of, linears_of, norms_of, sites_of
+from jqlib.model.families import head_dim_of, norms_of, sites_of
 from jqlib.transform.check import (
     check_choice_of_sites,
     check_norm_scale,
@@ -18,10 +16,10 @@ from jqlib.transform.check import (
     check_smooth_scale,
     check_stream,
 )
+from jqlib.transform.install import install
+from jqlib.transform.merge import gamma_of, merge, stream_of
+from jqlib.transform.selfcheck import check_family
 from jqlib.transform.transform import Grid, Hadamard, Rotation, Transform
-
-ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
-Side = Callable[[Tensor], Tensor]
 
 
 def fuse_layer_norms(model: nn.Module) -> None:
@@ -30,10 +28,11 @@ def fuse_layer_norms(model: nn.Module) -> None:
     Tied embeddings are untied first: the head takes the final norm's gamma, the embedding must not.
     Unlike QuaRot's and DartQuant's code it leaves the embedding's mean alone (an RMSNorm sees it).
 
-    Raises RuntimeError when the model is fused already.
+    Raises RuntimeError when the model is fused already, ValueError when its family can't be (`check_family`).
     """
+    check_family(model.config)
     begin(model, "fused")
-    _merge(model, {name: Transform(gamma_of(norm)) for name, norm in norms_of(model).items()}, fuse=True)
+    merge(model, {name: Transform(gamma_of(norm)) for name, norm in norms_of(model).items()}, fuse=True)
     done(model).add("fused")
 
 
@@ -103,60 +102,14 @@ def build(model: nn.Module, transforms: dict[str, Transform], replaced: Collecti
     It fuses the norms if a rotation of the stream needs that. ``replaced``: linears whose weights are left as they are,
     for others are to take their place. Raises ValueError if not all sites behind norms share the stream's rotation.
     """
+    check_family(model.config)
     check_stream([transforms[name] for name in norms_of(model)])
     fuse = stream_of(model, transforms) is not None
-    _merge(model, transforms, fuse, replaced)
+    merge(model, transforms, fuse, replaced)
     for name, place in sites_of(model).items():
         if (left := transforms[name].split()[1]).runs:
             install(model, place, left)
     done(model).update({"rotated", "fused"} if fuse else {"rotated"})
-
-
-def stream_of(model: nn.Module, transforms: dict[str, Transform]) -> Rotation | None:
-    """R1: the rotation that is merged into what writes the residual stream."""
-    behind = [transforms[name] for name in norms_of(model) if name in transforms]
-    return next((t.rotation for t in behind if not t.online and t.rotation is not None), None)
-
-
-def gamma_of(norm: nn.Module) -> Tensor:
-    return norm.weight.detach().clone()
-
-
-def install(model: nn.Module, place: Place, transform: nn.Module):
-    """From now on the site's input goes through ``transform``, which stands in the model; returns the hook's handle."""
-    place.host.transform = transform
-    model.save_pretrained = refuse_to_save
-    if place.norm is not None:
-        return place.norm.register_forward_hook(_behind)
-    return place.host.register_forward_pre_hook(_before)
-
-
-def _behind(norm: nn.Module, args, output: Tensor) -> Tensor:
-    return norm.transform(output)
-
-
-def _before(linear: nn.Module, args) -> tuple:
-    return (linear.transform(args[0]), *args[1:])
-
-
-def refuse_to_save(*args, **kwargs):
-    """What `save_pretrained` is in a model of which a Hugging Face checkpoint would lose a part."""
-    raise RuntimeError(
-        "this model has Hadamard transforms online or rounds its activations, which a Hugging Face checkpoint does not "
-        "hold: loaded again it would compute something else. Keep it by jqlib.save_model(model, path), which "
-        "jqlib.load_model(path) reads, or build it with r4=False, no online sites and a_bits=16"
-    )
-
-
-def standing(model: nn.Module) -> dict[str, Transform]:
-    """The transforms that stand in the model, by site."""
-    return {name: place.host.transform for name, place in sites_of(model).items() if hasattr(place.host, "transform")}
-
-
-def online_operations(model: nn.Module) -> float:
-    """Multiply-adds of the transforms that run in the model, as a share of those of all decoder layers' linears."""
-    running = [t.rotation.operations for t in standing(model).values() if t.online and t.rotation is not None]
-    return sum(running) / sum(linear.weight.numel() for linear in linears_of(model).values())
 
 
 def done(model: nn.Module) -> set[str]:
@@ -174,69 +127,3 @@ def begin(model: nn.Module, step: str) -> None:
     for later in order[order.index(step) + 1 :]:
         if later in done(model):
             raise RuntimeError(f"this model is {later} already: it must be {step} before")
-
-
-def _merge(
-    model: nn.Module, transforms: dict[str, Transform], fuse: bool, replaced: Collection[nn.Module] = ()
-) -> None:
-    """Turn all biases, and all weights but those to be ``replaced``; ``fuse``: norms lose their gammas, all of them."""
-    family, stream = family_of(model), stream_of(model, transforms)
-    inputs: dict[nn.Module, Side] = {}  # what becomes of a weight's rows, by its module
-    outputs: dict[nn.Module, Side] = {}  # and of its columns
-    for name, place in sites_of(model).items():
-        if (transform := transforms.get(name)) is None:
-            continue
-        merged, _ = transform.split()
-        if place.norm is not None:
-            transform = _into_norm(place.norm, transform, fuse)
-        elif merged.turns:
-            outputs[place.source] = merged.apply
-        if transform.turns:
-            inputs |= dict.fromkeys(place.linears.values(), transform.dual)
-    if fuse:
-        _untie(model)
-        embed, norm, head = (model.get_submodule(at) for at in (family.embed, family.final_norm, family.head))
-        inputs[head] = Transform(gamma_of(norm), stream).dual
-        norm.weight.data = torch.ones_like(norm.weight)
-    if stream is not None:
-        inputs[embed] = stream
-        outputs |= {layer.get_submodule(at): stream for _, layer in layers_of(model) for at in family.writers}
-    for module in {**inputs, **outputs}:
-        if module not in replaced:
-            _turn(module, inputs.get(module), outputs.get(module))
-        if module in outputs and getattr(module, "bias", None) is not None:
-            module.bias.data = outputs[module](module.bias.data.double()).to(module.bias.dtype)
-
-
-def _into_norm(norm: nn.Module, transform: Transform, fuse: bool) -> Transform:
-    """Put scale and gain into a norm's weight; the transform that its readers need, by what the norm then holds."""
-    gamma = norm.weight.data.double()
-    if not fuse:
-        if transform.scale is None:
-            return transform
-        norm.weight.data = (gamma / transform.scale.double()).to(norm.weight.dtype)
-        held = norm.weight.data.double()
-        scale = torch.where(held == 0, transform.scale.double(), gamma / held)
-        return Transform(scale, transform.rotation, transform.gain, online=transform.online)
-    gain = None if transform.gain is None else transform.gain.to(norm.weight.dtype)
-    norm.weight.data = torch.ones_like(norm.weight) if gain is None else gain.clone()
-    return Transform(gamma, transform.rotation, gain)
-
-
-def _turn(module: nn.Module, inputs: Side | None, outputs: Side | None) -> None:
-    """A weight (out, in) turned on both sides in float64 and cast once."""
-    if outputs is None:
-        for rows in module.weight.data.split(ROWS):
-            rows.copy_(inputs(rows.double()))
-        return
-    weight = module.weight.data.double()
-    weight = weight if inputs is None else inputs(weight)
-    module.weight.data = outputs(weight.T).T.to(module.weight.dtype).contiguous()
-
-
-def _untie(model: nn.Module) -> None:
-    family = family_of(model)
-    embed, head = model.get_submodule(family.embed), model.get_submodule(family.head)
-    if head.weight.data_ptr() == embed.weight.data_ptr():
-        head.weight = nn.Parameter(embed.weight.detach().clone(), requires_grad=False)
-    model.config.tie_word_embeddings = False  # or a saved checkpoint reloads with the head overwritten

@@ -2,6 +2,8 @@
 
 A matrix of order n is the Kronecker product of small ones, each from a classical construction
 (Sylvester, Paley I and II, Williamson). The transform applies the small factors one after the other.
+For a size that has none here (13,696 = 4 · 3424, or a head of 100), a transform has blocks of the largest order that
+divides it.
 """
 
 from functools import cache
@@ -32,12 +34,15 @@ def hadamard_matrix(n: int) -> Tensor:
 
 
 def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
-    """``x @ hadamard_matrix(n) / sqrt(n)`` (``inverse``: its transpose), (..., n), at the cost of the small factors."""
+    """``x @ H / sqrt(m)`` (``inverse``: by H's transpose), (..., n), at the cost of the small factors.
+
+    H is a Hadamard matrix of order m = `block_order` (n), n itself if there is one, for each block of m channels.
+    """
     n = x.shape[-1]
     y = x.reshape(-1, n).contiguous().to(torch.promote_types(x.dtype, torch.float32))
     block = 1  # what follows the axis of the current factor
     with torch.autocast(x.device.type, enabled=False):  # in bfloat16 a massive channel would drown the others
-        for order in reversed(factors(n)):
+        for order in reversed(factors(block_order(n))):
             H = _factor(order, y.dtype, y.device)
             H = H.T if inverse else H
             y = y.view(-1, order, block)  # (tokens · before, order, block)
@@ -54,13 +59,33 @@ def _factor(order: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def transform_operations(n: int) -> int:
     """Multiply-adds of `hadamard_transform` for one token of n channels."""
-    return n * sum(factors(n))
+    return n * sum(factors(block_order(n)))
 
 
 def random_hadamard(n: int, seed: int) -> Tensor:
-    """A random orthogonal Hadamard rotation: float32, (n, n), rows of H/√n with random signs (QuaRot §3)."""
+    """A random orthogonal Hadamard rotation: float32, (n, n), rows of H/√n with random signs (QuaRot §3).
+
+    Blocks of `block_order` (n) channels, one or more.
+    """
     signs = torch.randint(0, 2, (n, 1), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
-    return signs * hadamard_matrix(n) / n**0.5
+    order = block_order(n)
+    return signs * torch.block_diag(*[hadamard_matrix(order)] * (n // order)) / order**0.5
+
+
+@cache
+def block_order(n: int) -> int:
+    """The largest order of a Hadamard matrix here that divides n. ValueError if that is only 1, for an n above 1."""
+    for blocks in range(1, n):
+        if n % blocks == 0 and _has_factors(n // blocks):
+            return n // blocks
+    return factors(n) and n  # 1, or its error
+
+
+def _has_factors(n: int) -> bool:
+    try:
+        return bool(n > 1 and factors(n))
+    except ValueError:
+        return False
 
 
 @cache

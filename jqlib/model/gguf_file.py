@@ -1,0 +1,82 @@
+"""A GGUF file is read rightly or not at all: what transformers' reader would drop without a word is refused.
+
+Its metadata decide what is computed (``<architecture>.*``), and so do its list of tensors and how its tokenizer splits
+text; other entries pass.
+"""
+
+import struct
+from functools import cache
+from pathlib import Path
+
+from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFValueType, get_tensor_name_map
+from tokenizers import pre_tokenizers
+from torch import nn
+from transformers.integrations import GGUF_CONFIG_MAPPING
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+NEUTRAL = {  # entries that change nothing at these values
+    "rope.scaling.type": ("none",), "rope.scaling.factor": (0, 1), "rope.scale_linear": (1,), "expert_count": (0,),
+    "expert_used_count": (0,), "attention.causal": (True,), "attention.sliding_window": (0,),
+}  # fmt: skip
+HEAD_DIMS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+SMOLLM = "smollm"  # digits one by one, then GPT-2's splits: transformers has no entry for it
+SPLITS = (*GGUF_PRE_TOKENIZER_SPLITS, "gpt-2", SMOLLM)  # those that are read rightly
+
+
+def check_gguf(path: Path, config) -> None:
+    """Raises ValueError, naming it, for what a GGUF file says and the ``config`` that was made from it does not."""
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    found = _header(path, path.stat().st_mtime_ns)[0]
+    if (parts := found.get("split.count", 1)) > 1:
+        raise ValueError(
+            f"{path} is one of {parts} parts of a model: join them by llama.cpp's llama-gguf-split --merge"
+        )
+    architecture = found["general.architecture"]
+    read = GGUF_CONFIG_MAPPING.get(architecture, {})
+    for name, value in found.items():
+        prefix, _, entry = name.partition(".")
+        known = read.get(entry) or value in NEUTRAL.get(entry, ()) or (entry in HEAD_DIMS and value == d)
+        if prefix == architecture and not known:
+            raise ValueError(f"{path} has {name} = {value}, which would be dropped: its predictions would be others. "
+                             "Give the model as a folder in Hugging Face's layout")  # fmt: skip
+
+
+def check_tensors(path: Path, model: nn.Module) -> None:
+    """Raises ValueError unless a GGUF file has the tensors of the ``model`` that was loaded from it, and no others."""
+    values, tensors = _header(path, path.stat().st_mtime_ns)
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == values["general.architecture"])
+    names = get_tensor_name_map(kind, model.config.num_hidden_layers)
+    expected = {names.get_name(name, (".weight", ".bias")) for name, _ in model.named_parameters()}
+    for problem, which in (
+        ("lacks", expected - tensors),
+        ("has a use for only some of its tensors, not for", tensors - expected),
+    ):
+        if which:
+            raise ValueError(f"{path} {problem} {', '.join(sorted(which)[:3])} ({len(which)} in all)")
+
+
+def check_tokenizer(path: Path, tokenizer) -> None:
+    """Raises ValueError for a way to split text that is not known; sets that of SmolLM, which transformers has not."""
+    found = _header(path, path.stat().st_mtime_ns)[0]
+    pre = found.get("tokenizer.ggml.pre", "default")
+    if found.get("tokenizer.ggml.model") != "gpt2":
+        return
+    if pre not in SPLITS:
+        raise ValueError(f"{path} splits text in a way that is not known here (tokenizer.ggml.pre = {pre!r}): its tokens "
+                         "would be others. Give a folder that has the model's tokenizer.json")  # fmt: skip
+    if pre == SMOLLM:
+        splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+
+
+@cache
+def _header(path: Path, written: int) -> tuple[dict, frozenset[str]]:
+    """The metadata of a file, lists left out, and the names of its tensors."""
+    try:
+        reader = GGUFReader(path)
+        fields = [
+            f for f in reader.fields.values() if f.types[0] != GGUFValueType.ARRAY and not f.name.startswith("GGUF")
+        ]
+        return {field.name: field.contents() for field in fields}, frozenset(tensor.name for tensor in reader.tensors)
+    except (ValueError, struct.error, IndexError, KeyError) as error:
+        raise ValueError(f"{path} can't be read, is it damaged or incomplete? The reader said: {error}") from error

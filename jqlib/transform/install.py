@@ -1,0 +1,43 @@
+"""What is left of transforms after merging stands in the model, at its site, and runs with it."""
+
+from torch import Tensor, nn
+
+from jqlib.model.families import Place, linears_of, sites_of
+from jqlib.transform.transform import Transform
+
+
+def install(model: nn.Module, place: Place, transform: nn.Module):
+    """From now on the site's input goes through ``transform``, which stands in the model; returns the hook's handle."""
+    place.host.transform = transform
+    model.save_pretrained = refuse_to_save
+    if place.norm is not None:
+        return place.norm.register_forward_hook(_behind)
+    return place.host.register_forward_pre_hook(_before)
+
+
+def _behind(norm: nn.Module, args, output: Tensor) -> Tensor:
+    return norm.transform(output)
+
+
+def _before(linear: nn.Module, args) -> tuple:
+    return (linear.transform(args[0]), *args[1:])
+
+
+def refuse_to_save(*args, **kwargs):
+    """What `save_pretrained` is in a model of which a Hugging Face checkpoint would lose a part."""
+    raise RuntimeError(
+        "this model has Hadamard transforms online or rounds its activations, which a Hugging Face checkpoint does not "
+        "hold: loaded again it would compute something else. Keep it by jqlib.save_model(model, path), which "
+        "jqlib.load_model(path) reads, or build it with r4=False, no online sites and a_bits=16"
+    )
+
+
+def standing(model: nn.Module) -> dict[str, Transform]:
+    """The transforms that stand in the model, by site."""
+    return {name: place.host.transform for name, place in sites_of(model).items() if hasattr(place.host, "transform")}
+
+
+def online_operations(model: nn.Module) -> float:
+    """Multiply-adds of the transforms that run in the model, as a share of those of all decoder layers' linears."""
+    running = [t.rotation.operations for t in standing(model).values() if t.online and t.rotation is not None]
+    return sum(running) / sum(linear.weight.numel() for linear in linears_of(model).values())
