@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from transformers import LlamaConfig
 
 from jqlib.__main__ import main
@@ -41,12 +42,16 @@ def test_a_model_above_two_billion_parameters_keeps_the_dtype_of_its_checkpoint(
     assert "16.1 GB of weights in bfloat16" in capsys.readouterr().out
 
 
-def test_a_size_without_a_hadamard_matrix_is_told(tmp_path, capsys):
+@pytest.mark.parametrize(("size", "told"), [
+    (13_696, "R4      13696 = 107 blocks of 128 = 128"), (30, "R4         30 = 15 blocks of 2 = 2"),
+    (33, "R4         33: "),
+])  # fmt: skip
+def test_a_size_without_a_hadamard_matrix_is_told(tmp_path, capsys, size, told):
     LlamaConfig(
-        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=30, vocab_size=64
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=size, vocab_size=64
     ).save_pretrained(tmp_path)
     main(["info", str(tmp_path)])
-    assert "R4         30: " in capsys.readouterr().out
+    assert told in capsys.readouterr().out
 
 
 def test_a_missing_model_is_named(capsys):

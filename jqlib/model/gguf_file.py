@@ -62,8 +62,8 @@ def check_tokenizer(path: Path, tokenizer) -> None:
     if found.get("tokenizer.ggml.model") != "gpt2":
         return
     if pre not in SPLITS:
-        raise ValueError(f"{path} splits text in a way that is not known here (tokenizer.ggml.pre = {pre!r}): its tokens "
-                         "would be others. Give a folder that has the model's tokenizer.json")  # fmt: skip
+        raise ValueError(f"{path} splits text in a way not known here (tokenizer.ggml.pre = {pre!r}): its tokens would "
+                         "be others. Give a folder that has the model's tokenizer.json")  # fmt: skip
     if pre == SMOLLM:
         splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
