@@ -10,7 +10,7 @@ from jqlib.lab.run import check_inputs, read_run_file, run, select_notebooks, wi
 
 # what check_inputs and the estimate of memory depend on
 INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_seqlen", "eval_windows", "eval_split",
-          "eval_draw", "calib_dataset", "eval_dataset", "device", "dtype")  # fmt: skip
+          "eval_draw", "bos", "calib_dataset", "eval_dataset", "device", "dtype")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

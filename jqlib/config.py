@@ -29,6 +29,7 @@ class Config:
     model: str = _setting("meta-llama/Llama-3.2-1B", "hub id, local folder, .gguf file or smollm2-135m")
     profile: Literal["quick", "standard", "full"] = _setting("full", "how much work: quick, standard or full")
     recipe: str = _setting("jointquant", "a method that notebook 05 shows besides those it always has")
+    recipes: str | None = _setting(None, "notebook 05's methods: a,b; None: by profile, few for a model above 0.5B")
     nsamples: int = _setting(128, "calibration windows")
     seqlen: int = _setting(2048, "tokens of a calibration window")
     max_tokens: int = _setting(2048, "tokens per site that the solvers see")
@@ -36,6 +37,7 @@ class Config:
     eval_windows: int = _setting(0, "evaluation windows; 0 is all of the text")
     eval_split: Split = _setting("test", "text that is evaluated on: test, or validation to choose by")
     eval_draw: Draw = _setting("spread", "which windows, if not all: spread over the text, or its first")
+    bos: bool = _setting(False, "put the tokenizer's BOS before every evaluation window")
     r1_lr: float = _setting(1e-3, "learning rate for R1 of sgd, adam and cayley; the joint solver needs none")
     r1_epochs: int = _setting(10, "epochs for R1 of sgd, adam and cayley")
     r2_lr: float = _setting(1e-3, "learning rate for R2 of sgd, adam and cayley")
@@ -76,6 +78,8 @@ class Config:
                 raise ValueError(f"{name}={value}: expected a value from {low:g} to {high:g}")
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
+        for name in self.recipes.split(",") if self.recipes else ():
+            check_choice("recipes", name.strip(), RECIPES)
 
     @property
     def folder(self) -> Path:
@@ -93,6 +97,15 @@ PROFILES = {
         "step_tokens": 1024,
     },
     "full": {"nsamples": 128, "seqlen": 2048, "max_tokens": 2048, "eval_windows": 0},
+}  # fmt: skip
+
+MIDDLE = {"recipes": "hadamard-online,jointquant,control,jointquant-best"}  # of 0.5B to 2B
+BIG = {"recipes": "control,jointquant-best", "dtype": "bfloat16"}
+PRESETS = {  # model -> what suits its size; the profile says how much work it gets, and a parameter given beats both
+    "HuggingFaceTB/SmolLM2-360M": {"dtype": "float32"}, "HuggingFaceTB/SmolLM2-1.7B": MIDDLE,
+    "Qwen/Qwen2.5-0.5B": MIDDLE, "Qwen/Qwen2.5-7B": BIG, "Qwen/Qwen3-0.6B": MIDDLE, "Qwen/Qwen3-8B": BIG,
+    "meta-llama/Llama-3.2-1B": MIDDLE, "meta-llama/Llama-3.2-3B": BIG, "meta-llama/Llama-3.1-8B": BIG,
+    "meta-llama/Meta-Llama-3-8B": BIG, "mistralai/Mistral-7B-v0.1": BIG,
 }  # fmt: skip
 
 HELP = {f.name: f.metadata["help"] for f in fields(Config)}
@@ -116,7 +129,7 @@ def make_config(parameters: Mapping[str, Any]) -> Config:
     given = {name: value for name, value in parameters.items() if value is not None}
     profile = given.get("profile", Config.profile)
     check_choice("profile", profile, PROFILES)
-    return Config(**(PROFILES[profile] | given))
+    return Config(**(PROFILES[profile] | PRESETS.get(given.get("model", Config.model), {}) | given))
 
 
 def config_of(namespace: Mapping[str, Any]) -> Config:

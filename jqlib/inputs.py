@@ -17,7 +17,7 @@ from jqlib.store import Artifact
 MODEL = ("model", "dtype", "device")
 TEXT = ("calib_dataset", "nsamples", "seqlen", "seed")
 LESSONS = (*MODEL, *TEXT, "refine_steps", "step_tokens", "compute_dtype")  # what stages by the loss go by
-WINDOWS = ("eval_dataset", "eval_seqlen", "eval_windows", "eval_split", "eval_draw")
+WINDOWS = ("eval_dataset", "eval_seqlen", "eval_windows", "eval_split", "eval_draw", "bos")
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -40,7 +40,7 @@ def evaluation_windows(config: Config) -> Windows:
     """The run's evaluation windows."""
     return get_evaluation_windows(
         load.get_tokenizer(config.model), config.eval_dataset, config.eval_seqlen, config.eval_windows or None,
-        split=config.eval_split, windows=config.eval_draw,
+        split=config.eval_split, windows=config.eval_draw, bos=config.bos,
     )  # fmt: skip
 
 

@@ -213,7 +213,7 @@ def protocol(config: Config) -> dict:
     return {
         "dataset": config.eval_dataset or default, "split": config.eval_split, "seqlen": config.eval_seqlen,
         "windows": len(windows.ids), "drawn": windows.drawn, "articles_or_blocks": len({*windows.articles}),
-        "bos": False, "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
+        "bos": config.bos, "calibration": config.calib_dataset or default, "calibration_windows": config.nsamples,
         "calibration_seqlen": config.seqlen,
         "products": str(products_dtype(config.eval_compute_dtype, config.device)),
         "products_in_calibration": str(products_dtype(config.compute_dtype, config.device)),

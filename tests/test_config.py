@@ -5,6 +5,7 @@ import pytest
 from jqlib.choices import InitMode, Solver, Weights
 from jqlib.config import (
     CHOICES,
+    PRESETS,
     PROFILES,
     Config,
     get_llama_1b_config,
@@ -29,7 +30,7 @@ def test_defaults_are_the_specifications():
         "meta-llama/Llama-3.2-1B", 128, 2048, 1e-3, 10, 1e-3, 5)  # fmt: skip
     assert (c.use_smooth, c.smooth_alpha, c.w_bits, c.a_bits, c.w_groupsize, c.output_dir) == (
         True, 0.5, 4, 4, 128, "./jointquant_output")  # fmt: skip
-    assert c == Config()
+    assert c == Config(**PRESETS[c.model])
 
 
 def test_a_parameter_beats_the_profile_and_the_profile_the_default():
@@ -38,8 +39,11 @@ def test_a_parameter_beats_the_profile_and_the_profile_the_default():
 
 
 def test_presets():
-    assert get_llama_8b_config().dtype == "auto"  # bfloat16, as its checkpoint is: test_pipeline.py
+    assert get_llama_8b_config().dtype == "bfloat16"
     assert get_llama_8b_config(dtype="float32").dtype == "float32"
+    for model in PRESETS:
+        assert make_config({"model": model, "recipes": "rtn"}).recipes == "rtn"
+        assert make_config({"model": model, "profile": "quick"}).nsamples == PROFILES["quick"]["nsamples"]
     assert get_smollm2_135m_config().profile == "quick"
     assert get_smollm2_135m_config(profile="standard").seqlen == 2048
 
@@ -57,6 +61,7 @@ BAD = [
     ({"nsamples": 0}, "nsamples=0: expected a value from 1"),
     ({"profile": "fast"}, "profile='fast' is unknown; there are quick, standard, full"),
     ({"solver": "newton"}, "solver='newton' is unknown; there are mm, sgd, adam, cayley, greedy"),
+    ({"recipes": "rtn,gptq"}, "recipes='gptq' is unknown; there are rtn"),
     ({"recipe": "gptq"}, "recipe='gptq' is unknown; there are rtn"),
     ({"objective": "entropy"}, "objective='entropy' is unknown"),
     ({"dtype": "int8"}, "dtype='int8' is unknown"),

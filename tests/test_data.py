@@ -133,6 +133,15 @@ def test_no_bos_is_added(tokenizer, text_file):
     assert tokenizer.decode(windows.flatten())[:200] == TEXT[:200]
 
 
+def test_bos_stands_before_every_window(tokenizer, tiny_tokenizer, text_file):
+    plain, found = (get_evaluation_windows(tokenizer, text_file, 64, 3, bos=bos) for bos in (False, True))
+    assert torch.equal(found.ids[:, 1:], plain.ids)
+    assert found.ids[:, 0].tolist() == [tokenizer.bos_token_id] * 3
+    assert found[1:] == plain[1:]
+    with pytest.raises(ValueError, match="bos=True, but this tokenizer has no BOS token: leave it out"):
+        get_evaluation_windows(tiny_tokenizer, text_file, 64, 3, bos=True)
+
+
 @pytest.mark.parametrize(("nsamples", "seqlen", "message"), [
     (11, 400, "calibration text of .*text.txt.* has 4,000 tokens: 10 windows of 400, but 11 were asked for"),
     (1, 5000, "0 windows of 5000, but 1 were asked for"),

@@ -34,6 +34,16 @@ def test_equals_a_plain_hugging_face_loop(tiny_model, tiny_tokenizer, text_file,
     assert spread.nll == [ppl.nll[3], ppl.nll[9]]  # of 12
 
 
+def test_with_bos_it_equals_a_loop_that_puts_one_first(tiny_model, tiny_tokenizer, text_file):
+    tokenizer, model = copy.deepcopy(tiny_tokenizer), tiny_model()
+    tokenizer.bos_token = "$"
+    ids = tokenizer(TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    windows = torch.nn.functional.pad(ids[: len(ids) // 100 * 100].view(-1, 1, 100), (1, 0), value=ord("$"))
+    losses = [model(window, labels=window).loss.item() for window in windows]
+    found = evaluate_perplexity(model, tokenizer, dataset=text_file, seqlen=100, bos=True)
+    assert found.nll == pytest.approx(losses, rel=1e-5)
+
+
 @pytest.mark.parametrize("seqlen", [2, 256, 257, 258, 600])
 def test_windows_longer_than_a_block_of_rows(tiny_model, tokens, seqlen):
     model, window = tiny_model(), tokens(1, seqlen)

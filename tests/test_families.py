@@ -4,8 +4,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from jqlib import pipeline
+from jqlib.config import make_config
 from jqlib.model.families import FAMILIES, LLAMA, REASONS, sites_of, split
 from jqlib.model.load import get_model, load_config
+from jqlib.recipes import RECIPES
 from jqlib.transform.selfcheck import TOLERANCE, change_of_logits, check_family, shrunk
 
 SMALL = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
@@ -98,3 +101,24 @@ def test_a_joined_linear_is_its_parts(bias):
     torch.testing.assert_close(layer.mlp.gate_up_proj(x), expected[1])
     sizes = {name: len(part.weight) for name, part in layer.self_attn.qkv_proj.named_children()}
     assert sizes == {"q_proj": 48, "k_proj": 12, "v_proj": 12}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_recipe_runs_on_every_family(tmp_path, tiny_tokenizer, kind, name):
+    """From collecting to perplexity, all learned for a step; before rounding the model computes what it did."""
+    random_model(kind, num_hidden_layers=2, **({"max_window_layers": 1} if kind == "qwen2" else {})).save_pretrained(
+        tmp_path / "model"
+    )
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    names = {"model": "model", "calib_dataset": "text.txt", "eval_dataset": "text.txt", "output_dir": "out"}
+    config = make_config({name: str(tmp_path / file) for name, file in names.items()} | {
+        "profile": "quick", "nsamples": 2, "seqlen": 32, "max_tokens": 64, "eval_seqlen": 32, "eval_windows": 2,
+        "refine_steps": 1, "step_tokens": 64, "kv_bits": 8,
+    })  # fmt: skip
+    ids = pipeline.load_calibration(config)[:1]
+    expected = pipeline.load_model(config)(ids).logits
+    found = pipeline.transformed(config, RECIPES[name])(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert 1 < pipeline.evaluate(config, RECIPES[name], 4, 4)["ppl"] < 1e6

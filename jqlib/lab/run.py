@@ -87,12 +87,14 @@ def check_inputs(config: Config) -> None:
 
     from jqlib.inputs import evaluation_windows, load_calibration
     from jqlib.model.load import load_config
+    from jqlib.transform.selfcheck import check_family
 
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ValueError(f"device={config.device!r} can't be used here: {str(error).splitlines()[0]}") from error
     shape, folder = load_config(config.model), Path(config.model).expanduser()
+    check_family(shape)
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"{folder} has no weights: expected *.safetensors or *.bin")
     longest = max(config.seqlen, config.eval_seqlen)

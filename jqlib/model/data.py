@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from jqlib.choices import Draw, Split, check_choice
 from jqlib.model import embedded
@@ -77,6 +78,7 @@ def get_evaluation_windows(
     *,
     split: Split = "test",
     windows: Draw = "spread",
+    bos: bool = False,
 ) -> Windows:
     """Windows to evaluate on, which do not overlap: ``max_windows`` of them, or with None all of the text.
 
@@ -84,12 +86,18 @@ def get_evaluation_windows(
     every article of ``seqlen`` tokens or more gives one, at a drawn place and in drawn order, before any gives a
     second. The draw has a seed of its own, and fewer windows are the first of more. Of any other text, or if more
     are asked for than lie within articles, they are evenly spaced. ``windows="first"`` takes the first of the text,
-    as published tables do with the whole of it. ``split``: ``"test"``, or ``"validation"`` to choose by.
+    as published tables do with the whole of it. ``split``: ``"test"``, or ``"validation"`` to choose by. ``bos`` puts
+    the tokenizer's BOS before each: seqlen + 1 ids, of which all but that are predicted.
 
-    Raises ValueError when the text holds fewer windows than asked.
+    Raises ValueError when the text holds fewer windows than asked, or the tokenizer has no BOS.
     """
     check_choice("windows", windows, Draw)
     check_choice("split", split, Split)
+    if bos:
+        if tokenizer.bos_token_id is None:
+            raise ValueError("bos=True, but this tokenizer has no BOS token: leave it out")
+        found = get_evaluation_windows(tokenizer, dataset, seqlen, max_windows, split=split, windows=windows)
+        return found._replace(ids=pad(found.ids, (1, 0), value=tokenizer.bos_token_id))
     dataset = dataset or _default(tokenizer)
     articles = _tokens(tokenizer, dataset, split)
     whole = _cut(torch.cat(articles), seqlen, 1 if max_windows is None else max_windows, f"{split} text of {dataset!r}")

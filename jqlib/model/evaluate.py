@@ -82,14 +82,16 @@ def evaluate_perplexity(
     max_windows: int | None = None,
     split: Split = "test",
     windows: Draw = "spread",
+    bos: bool = False,
 ) -> Perplexity:
     """Perplexity of the test split: exp of the mean NLL over all predicted tokens.
 
-    The usual protocol: text is tokenised without BOS and cut into windows of ``seqlen`` tokens that do not overlap,
-    each predicted on its own: all of them (``max_windows=None``), or so many from all over the text, or with
-    ``windows="first"`` the first. ``dataset`` as in `get_calibration_data`, the rest as in `get_evaluation_windows`.
+    The usual protocol: text is tokenised without BOS (``bos`` puts one before every window) and cut into windows of
+    ``seqlen`` tokens that do not overlap, each predicted on its own: all of them (``max_windows=None``), or so many
+    from all over the text, or with ``windows="first"`` the first. ``dataset`` as in `get_calibration_data`, the rest
+    as in `get_evaluation_windows`.
     """
-    text = get_evaluation_windows(tokenizer, dataset, seqlen, max_windows, split=split, windows=windows)
+    text = get_evaluation_windows(tokenizer, dataset, seqlen, max_windows, split=split, windows=windows, bos=bos)
     return evaluate_windows(model, text, device)
 
 
