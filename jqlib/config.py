@@ -61,6 +61,7 @@ class Config:
     seed: int = _setting(0, "seed of windows, token samples and starts")
     device: str = _setting("cpu", "torch device, such as cpu or cuda")
     dtype: Dtype = _setting("auto", "of the model; auto: float32 up to 2B parameters, else as its checkpoint")
+    stream: bool = _setting(False, "read each layer from disk when its turn comes; needs refine_steps=0")
     compute_dtype: ComputeDtype = _setting("auto", "of products in those stages; auto: bfloat16 where it is faster")
     eval_compute_dtype: ComputeDtype = _setting("float32", "of products in evaluation; auto as in compute_dtype")
     output_dir: str = _setting("./jointquant_output", "where results go; in a notebook, relative to the repository")
@@ -78,6 +79,11 @@ class Config:
                 raise ValueError(f"{name}={value}: expected a value from {low:g} to {high:g}")
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
+        if self.stream and self.refine_steps:
+            raise ValueError(
+                f"stream=True, refine_steps={self.refine_steps}: the stages by the loss need the whole model in "
+                "memory. Leave them out by refine_steps=0, or the stream"
+            )
         for name in self.recipes.split(",") if self.recipes else ():
             check_choice("recipes", name.strip(), RECIPES)
 

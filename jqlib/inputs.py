@@ -14,7 +14,7 @@ from jqlib.model.data import Windows, get_calibration_data, get_evaluation_windo
 from jqlib.precision import products_dtype
 from jqlib.store import Artifact
 
-MODEL = ("model", "dtype", "device")
+MODEL = ("model", "dtype", "device", "stream")
 TEXT = ("calib_dataset", "nsamples", "seqlen", "seed")
 LESSONS = (*MODEL, *TEXT, "refine_steps", "step_tokens", "compute_dtype")  # what stages by the loss go by
 WINDOWS = ("eval_dataset", "eval_seqlen", "eval_windows", "eval_split", "eval_draw", "bos")
@@ -27,7 +27,7 @@ def dtype_of(config: Config) -> torch.dtype:
 
 def load_model(config: Config):
     """The FP model of a run, fresh."""
-    return load.get_model(config.model, config.device, dtype_of(config))
+    return load.get_model(config.model, config.device, dtype_of(config), stream=config.stream)
 
 
 def load_calibration(config: Config) -> Tensor:

@@ -184,7 +184,7 @@ def fp_hidden_step(config: Config) -> Artifact:
 
     def make(s) -> Made:
         model = load_model(s)
-        hidden = last_hidden(model, evaluation_windows(s).ids)
+        hidden = last_hidden(model, evaluation_windows(s).ids, "FP's predictions").cpu()
         return {"hidden": hidden, "head": model.get_output_embeddings().weight.detach()}, {}
 
     return artifact_of(fp_hidden_step, config, (*MODEL, *WINDOWS), make)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from jqlib.choices import Measure, check_choice
 from jqlib.learn.activations import Moments, collect_activations
-from jqlib.model.families import head_dim_of, site_targets, sites_of
+from jqlib.model.families import head_dim_of, layers_of, site_targets, sites_of
+from jqlib.model.stream import present
 
 FLOOR = 1e-5
 
@@ -44,8 +45,10 @@ def compute_simple_smooth_scale(
         targets = site_targets(model, *sites)
         collect_activations(model, calib_data, targets, device, max_tokens=1, raw=True, moments=moments)
     scales = {}
+    layers = [layer for _, layer in layers_of(model)]
     for name, place in sites_of(model, *sites).items():
-        weight = place.weight.float().cpu()
+        with present(model, layers[place.layer]):
+            weight = place.weight.float().cpu()
         if measure == "max":
             x, w = moments[name].absmax, weight.abs().amax(0)
         else:

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from tqdm import tqdm
 
 from jqlib.choices import Draw, Split
 from jqlib.fused import fused
 from jqlib.model.data import Windows, get_evaluation_windows
+from jqlib.model.families import family_of
 from jqlib.model.intervals import Interval, mean_interval
+from jqlib.model.walk import walk
 from jqlib.precision import products_in
 
 ROWS = 256  # tokens whose logits are turned into probabilities at a time
@@ -106,21 +107,25 @@ def evaluate_windows(
     device = device or model.device
     head, read = reference and reference.head.to(device), []
     start = time.perf_counter()
-    for i, window in enumerate(tqdm(windows.ids, "perplexity", unit="window")):
-        target = reference and Reference(reference.hidden[i].to(device), head)
-        with products_in(dtype, model.device):
-            read.append(read_window(model, window.to(device), target))
+    with products_in(dtype, model.device):
+        hidden = last_hidden(model, windows.ids, "perplexity")
+        for i, window in enumerate(windows.ids):
+            target = reference and Reference(reference.hidden[i].to(device), head)
+            read.append(_read(model.get_output_embeddings(), hidden[i], window.to(device), target))
     seconds = time.perf_counter() - start
     nll, kl, top1 = (list(values) for values in zip(*read, strict=True))
     return Perplexity(nll, windows.articles, *((kl, top1) if reference else (None, None)), seconds=seconds)
 
 
 @torch.inference_mode()
-def last_hidden(model: nn.Module, windows: Tensor) -> Tensor:
-    """What the head reads, (windows, seqlen, hidden), on the CPU."""
-    device = model.device
-    read = tqdm(windows, "FP's predictions", unit="window")
-    return torch.stack([model.base_model(w[None].to(device), use_cache=False).last_hidden_state[0].cpu() for w in read])
+def last_hidden(model: nn.Module, windows: Tensor, label: str | None = None) -> Tensor:
+    """What the head reads, (windows, seqlen, hidden): layer by layer, all windows through one before the next."""
+    for step in walk(model, windows, label):
+        step.forward()
+    norm = model.get_submodule(family_of(model).final_norm)
+    for i, x in enumerate(step.hidden):
+        step.hidden[i] = norm(x)
+    return step.hidden
 
 
 @torch.inference_mode()
@@ -130,16 +135,22 @@ def read_window(model: nn.Module, window: Tensor, reference: Reference | None = 
 
     ``reference.hidden``: (seqlen, hidden), of this window.
     """
-    logits = model(window[None], use_cache=False).logits[0, :-1]  # (seqlen − 1, vocabulary)
-    sums = torch.zeros(3, dtype=torch.double)
-    for at in range(0, len(logits), ROWS):
-        rows, labels = logits[at : at + ROWS], window[1:][at : at + ROWS]
-        sums[0] += _nll(rows, labels).double().sum().cpu()
+    return _read(model.get_output_embeddings(), last_hidden(model, window[None])[0], window, reference)
+
+
+@torch.inference_mode()
+def _read(head: nn.Module, hidden: Tensor, window: Tensor, reference: Reference | None) -> tuple[float, float, float]:
+    """`read_window`, of what the head reads, (seqlen, hidden)."""
+    sums, count = torch.zeros(3, dtype=torch.double), len(window) - 1
+    for at in range(0, count, ROWS):
+        rows = slice(at, min(at + ROWS, count))
+        logits, labels = head(hidden[rows]), window[1:][rows]
+        sums[0] += _nll(logits, labels).double().sum().cpu()
         if reference:
-            expected = linear(reference.hidden[:-1][at : at + ROWS], reference.head)
-            for i, found in enumerate(_against(rows, expected), 1):
+            expected = linear(reference.hidden[rows], reference.head)
+            for i, found in enumerate(_against(logits, expected), 1):
                 sums[i] += found.double().sum().cpu()
-    nll, kl, top1 = (sums / len(logits)).tolist()
+    nll, kl, top1 = (sums / count).tolist()
     return (nll, kl, top1) if reference else (nll, math.nan, math.nan)
 
 

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -12,21 +13,28 @@ from transformers.utils import logging as hf_logging
 from jqlib.model import embedded
 from jqlib.model.families import FAMILIES, REASONS, split
 from jqlib.model.gguf_file import check_gguf, check_tensors, check_tokenizer
+from jqlib.model.stream import files_of, open_model
 
 FLOAT32_UP_TO = 2e9  # parameters; a larger model is loaded as its checkpoint has it, unless told otherwise
 
 
-def get_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
+def get_model(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, stream: bool = False
+):  # fmt: skip
     """A causal language model in eval mode.
 
     ``name``: ``"smollm2-135m"`` (the embedded model), a Hugging Face id, a local folder or a
     ``.gguf`` file. Its family is checked before any weight is read. ``dtype``: None is `default_dtype`.
 
     Raises FileNotFoundError for a path that is missing, ValueError for a family that has no entry
-    in FAMILIES, OSError when the hub can't give the model.
+    in FAMILIES or weights that are not those of its config, OSError when the hub can't give the model. ``stream``: the
+    layers are read from its safetensors files when their turn comes (`jqlib.model.stream`).
     """
-    load_config(name)
-    dtype = dtype or default_dtype(name)
+    config, dtype = load_config(name), dtype or default_dtype(name)
+    if stream:
+        model, found = open_model(config, files_of(_folder(name)), dtype, device)
+        _check_complete(name, found)
+        return model
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -68,6 +76,15 @@ def get_tokenizer(name: str):
         check_tokenizer(gguf, tokenizer)
     tokenizer.default_dataset = embedded.CORPUS if name == embedded.MODEL else "wikitext2"
     return tokenizer
+
+
+def _folder(name: str) -> Path:
+    """Of a model's safetensors files, from the hub if it is there."""
+    source = _source(name)
+    if "gguf_file" in source:
+        raise ValueError(f"{name} can't be read layer by layer: give a folder of safetensors files")
+    path = Path(source["pretrained_model_name_or_path"])
+    return path if path.is_dir() else Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
 
 
 def _check_complete(name: str, found: dict) -> None:

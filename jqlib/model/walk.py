@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jqlib.model.families import layers_of
+from jqlib.model.stream import present
 
 
 def tokens_at_once(device: str | torch.device) -> int:
@@ -78,9 +79,10 @@ def walk(model: nn.Module, windows: Tensor, label: str | None = None) -> Iterato
     shown = tqdm(layers, label, unit="layer") if label else layers
     for (name, layer), its_own in zip(shown, arguments, strict=True):
         step = Step(name, layer, hidden, its_own)
-        yield step
-        if not step.done:
-            step.forward()
+        with present(model, layer):
+            yield step
+            if not step.done:
+                step.forward()
 
 
 class _SeenAllError(Exception):
@@ -89,7 +91,7 @@ class _SeenAllError(Exception):
 
 @torch.no_grad()
 def _enter(model: nn.Module, windows: Tensor) -> tuple[Tensor, list[dict]]:
-    """What the first layer is given for each window, and the keyword arguments of every layer (one whole pass)."""
+    """What the first layer is given for each window, and the keyword arguments of every layer: none of them runs."""
     layers = [layer for _, layer in layers_of(model)]
     hidden: list[Tensor] = []
     arguments: list[dict] = []
@@ -105,12 +107,18 @@ def _enter(model: nn.Module, windows: Tensor) -> tuple[Tensor, list[dict]]:
     handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
     handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
     with removing(handles):
-        for i, window in enumerate(windows):
-            with suppress(_SeenAllError):
-                model.base_model(window[None].to(model.device), use_cache=False)
-            if i == 0:
-                for handle in handles[:-1]:
-                    handle.remove()
+        for layer in layers:
+            layer.forward = lambda x, *_, **__: x
+        try:
+            for i, window in enumerate(windows):
+                with suppress(_SeenAllError):
+                    model.base_model(window[None].to(model.device), use_cache=False)
+                if i == 0:
+                    for handle in handles[:-1]:
+                        handle.remove()
+        finally:
+            for layer in layers:
+                del layer.forward
     return torch.cat(hidden), arguments
 
 

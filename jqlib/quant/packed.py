@@ -14,6 +14,16 @@ class WeightGrid(nn.Module):
         super().__init__()
         self.bits, self.groupsize = bits, groupsize
         self.register_buffer("scale", scale.half(), persistent=False)  # a Hugging Face checkpoint has no place for it
+        self.packed: Tensor | None = None  # the codes, while the weight itself is not in memory (`jqlib.model.stream`)
+
+    def put_away(self, linear: nn.Linear) -> None:
+        self.packed = pack(codes_of(linear), self.bits)
+
+    def bring_back(self, linear: nn.Linear) -> None:
+        codes = unpack(self.packed.to(self.scale.device), self.bits, linear.in_features)
+        weight = codes * spread(self.scale.float(), self.groupsize, codes)
+        linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+        self.packed = None
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, groupsize={self.groupsize}"
@@ -44,8 +54,13 @@ def scales_of(model: nn.Module) -> dict[str, Tensor]:
 def pack_weights(model: nn.Module) -> dict[str, Tensor]:
     """``<linear>|codes`` and ``<linear>|scale`` of all rounded linears."""
     linears = rounded_linears(model).items()
-    codes = {f"{name}|codes": pack(codes_of(linear), linear.grid.bits).cpu() for name, linear in linears}
+    codes = {f"{name}|codes": _codes(linear).cpu() for name, linear in linears}
     return codes | scales_of(model)
+
+
+def _codes(linear: nn.Linear) -> Tensor:
+    grid = linear.grid
+    return pack(codes_of(linear), grid.bits) if grid.packed is None else grid.packed
 
 
 def vectors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -57,9 +72,10 @@ def unpack_weights(model: nn.Module, tensors: dict[str, Tensor], bits: int, grou
     """Give a model the weights of `pack_weights`, and those `vectors_of` a model that are there."""
     for name, linear in linears_of(model).items():
         if (packed := tensors.get(f"{name}|codes")) is not None:
-            scale = tensors[f"{name}|scale"].to(linear.weight.device)
-            codes = unpack(packed.to(linear.weight.device), bits, linear.in_features)
-            set_weight(linear, codes * spread(scale.float(), groupsize, codes), scale, bits, groupsize)
+            linear.grid = WeightGrid(tensors[f"{name}|scale"].to(model.device), bits, groupsize)
+            linear.grid.packed = packed
+            if not linear.weight.is_meta:
+                linear.grid.bring_back(linear)
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if "|" not in name}, strict=False)
 
 

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jqlib.choices import GptqInputs, Weights, check_choice
-from jqlib.model.families import Place, head_dim_of, linears_of, sites_of
+from jqlib.model.families import Place, head_dim_of, layers_of, linears_of, sites_of
+from jqlib.model.stream import present
 from jqlib.quant.gptq import quantize_weights_gptq
 from jqlib.quant.kv_cache import quantize_kv_cache
 from jqlib.quant.packed import set_weight
@@ -76,8 +77,10 @@ def round_weights(
         before = None if gptq_inputs == "fp" else lambda place: set_grid(model, place, grids[place.name])
         quantize_weights_gptq(model, calib_data, bits, groupsize, before=before, correct=gptq_inputs == "corrected")
     elif bits < OFF:
-        for linear in tqdm(linears_of(model).values(), "rounding weights", unit="linear"):
-            set_weight(linear, *round_to_nearest(linear.weight.data, bits, groupsize), bits, groupsize)
+        for name, layer in tqdm([*layers_of(model)], "rounding weights", unit="layer"):
+            with present(model, layer):
+                for linear in (linear for at, linear in linears_of(model).items() if at.startswith(f"{name}.")):
+                    set_weight(linear, *round_to_nearest(linear.weight.data, bits, groupsize), bits, groupsize)
 
 
 def round_inputs(model: nn.Module, grids: dict[str, Grid]) -> None:

@@ -1,11 +1,13 @@
 """Transforms merged into weights: every weight once, read in float64, turned on both sides, and cast back once."""
 
 from collections.abc import Callable, Collection
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from jqlib.model.families import family_of, layers_of, norms_of, sites_of
+from jqlib.model.stream import change
 from jqlib.transform.transform import Rotation, Transform
 
 ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
@@ -13,7 +15,7 @@ Side = Callable[[Tensor], Tensor]
 
 
 def merge(model: nn.Module, transforms: dict[str, Transform], fuse: bool, replaced: Collection[nn.Module] = ()) -> None:
-    """Turn all weights but those to be ``replaced``; ``fuse``: the norms lose their gammas, the final one too."""
+    """Turn all biases, and weights but those ``replaced``; ``fuse``: norms lose their gammas, the last one too."""
     family, stream = family_of(model), stream_of(model, transforms)
     inputs: dict[nn.Module, Side] = {}  # what becomes of a weight's rows, by its module
     outputs: dict[nn.Module, Side] = {}  # and of its columns
@@ -36,7 +38,10 @@ def merge(model: nn.Module, transforms: dict[str, Transform], fuse: bool, replac
         inputs[embed] = stream
         outputs |= {layer.get_submodule(at): stream for _, layer in layers_of(model) for at in family.writers}
     for module in {**inputs, **outputs}:
-        _turn(module, inputs.get(module), outputs.get(module), module not in replaced)
+        if module not in replaced:
+            change(model, module, partial(_turn, inputs=inputs.get(module), outputs=outputs.get(module)))
+        if module in outputs and getattr(module, "bias", None) is not None:
+            module.bias.data = outputs[module](module.bias.data.double()).to(module.bias.dtype)
 
 
 def _into_norm(norm: nn.Module, transform: Transform, fuse: bool) -> Transform:
@@ -54,17 +59,15 @@ def _into_norm(norm: nn.Module, transform: Transform, fuse: bool) -> Transform:
     return Transform(gamma, transform.rotation, gain)
 
 
-def _turn(module: nn.Module, inputs: Side | None, outputs: Side | None, weight_too: bool) -> None:
-    """A weight (out, in) turned on both sides in float64 and cast once; a bias on the side of the outputs."""
-    if weight_too and outputs is None:
+def _turn(module: nn.Module, inputs: Side | None, outputs: Side | None) -> None:
+    """A weight (out, in) turned on both sides in float64 and cast once."""
+    if outputs is None:
         for rows in module.weight.data.split(ROWS):
             rows.copy_(inputs(rows.double()))
-    elif weight_too:
-        weight = module.weight.data.double()
-        weight = weight if inputs is None else inputs(weight)
-        module.weight.data = outputs(weight.T).T.to(module.weight.dtype).contiguous()
-    if outputs is not None and getattr(module, "bias", None) is not None:
-        module.bias.data = outputs(module.bias.data.double()).to(module.bias.dtype)
+        return
+    weight = module.weight.data.double()
+    weight = weight if inputs is None else inputs(weight)
+    module.weight.data = outputs(weight.T).T.to(module.weight.dtype).contiguous()
 
 
 def _untie(model: nn.Module) -> None:

@@ -1,0 +1,124 @@
+"""A model whose decoder layers are read from its safetensors files when their turn comes, and forgotten after it.
+
+Only the layers' matrices come and go: embeddings, head, norms and biases stay in memory. What is done to a matrix that
+is not there is done whenever it is read; one that has been rounded is kept packed and read no more. Whoever works on a
+layer's weights does it while they are `present`; `jqlib.model.walk` sees to it for all that goes layer by layer.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from jqlib.model.families import Joined, layers_of, split
+
+Change = Callable[[nn.Linear], None]
+
+
+class Stream:
+    """Where matrices are read from. ``becomes``: what is done to a module's weight each time it has been read."""
+
+    def __init__(self, places: dict[nn.Module, tuple[Path, str, slice]], dtype: torch.dtype, device: torch.device):
+        self.places, self.dtype, self.device = places, dtype, device  # a file, a tensor in it, and its rows
+        self.becomes: dict[nn.Module, list[Change]] = defaultdict(list)
+
+    def read(self, layer: nn.Module) -> None:
+        for module in self._of(layer):
+            if hasattr(module, "grid"):
+                module.grid.bring_back(module)
+                continue
+            file, name, rows = self.places[module]
+            module.weight = _parameter(file, name, rows, self.dtype, self.device)
+            for change in self.becomes[module]:
+                change(module)
+
+    def forget(self, layer: nn.Module) -> None:
+        for module in self._of(layer):
+            if hasattr(module, "grid"):
+                module.grid.put_away(module)
+            module.weight = nn.Parameter(module.weight.detach().to("meta"), requires_grad=False)
+
+    def _of(self, layer: nn.Module) -> list[nn.Module]:
+        return [module for module in layer.modules() if module in self.places]
+
+
+@contextmanager
+def present(model: nn.Module, layer: nn.Module) -> Iterator[None]:
+    """Within it the layer's weights are in memory."""
+    stream: Stream | None = getattr(model, "stream", None)
+    if stream is None:
+        yield
+        return
+    stream.read(layer)
+    try:
+        yield
+    finally:
+        stream.forget(layer)
+
+
+def change(model: nn.Module, module: nn.Module, how: Change) -> None:
+    """Change a module's weight: now, or whenever it is read."""
+    if module.weight.is_meta:
+        model.stream.becomes[module].append(how)
+    else:
+        how(module)
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The safetensors file of every tensor in a model folder. FileNotFoundError if there are none."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    if not (one := folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder} has no model.safetensors: only such files can be read layer by layer")
+    with safe_open(one, "pt") as file:
+        return dict.fromkeys(file.keys(), one)
+
+
+def open_model(
+    config: PreTrainedConfig, files: dict[str, Path], dtype: torch.dtype, device: str | torch.device
+) -> tuple[nn.Module, dict[str, set[str]]]:
+    """The model, in eval mode, and the names of weights that its files lack, or have beyond its own ("missing_keys",
+    "unexpected_keys"): it can be used if there are none.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model.tie_weights()
+    needed = {name for name, _ in model.named_parameters()}  # a tied head comes once
+    found = {"missing_keys": needed - files.keys(), "unexpected_keys": files.keys() - model.state_dict().keys()}
+    if any(found.values()):
+        return model, found
+    inside = {module for _, layer in layers_of(model) for module in layer.modules() if isinstance(module, nn.Linear)}
+    places: dict[nn.Module, tuple[Path, str, slice]] = {}
+    for name in needed:
+        at, _, kind = name.rpartition(".")
+        module = model.get_submodule(at)
+        if module in inside and kind == "weight":
+            places[module] = files[name], name, slice(None)
+        else:
+            setattr(module, kind, _parameter(files[name], name, slice(None), dtype, device))
+    model.tie_weights()
+    wholes = {at: places.get(module) for at, module in model.named_modules()}
+    for at, joined in split(model).named_modules():
+        first = 0
+        for part in joined.children() if isinstance(joined, Joined) else ():
+            file, name, _ = wholes[at]
+            places[part] = file, name, slice(first, first := first + part.out_features)
+    model.stream = Stream(places, dtype, torch.device(device))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return model, found
+
+
+def _parameter(file: Path, name: str, rows: slice, dtype: torch.dtype, device) -> nn.Parameter:
+    with safe_open(file, "pt") as tensors:
+        tensor: Tensor = tensors.get_slice(name)[rows] if rows != slice(None) else tensors.get_tensor(name)
+    return nn.Parameter(tensor.to(device, dtype), requires_grad=False)

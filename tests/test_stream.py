@@ -1,0 +1,92 @@
+"""A model read layer by layer gives what it gives in memory, and holds one layer at a time."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jqlib import get_model, pipeline
+from jqlib.config import make_config
+from jqlib.model.families import FAMILIES, linears_of
+from jqlib.model.walk import walk
+from jqlib.recipes import RECIPES
+from test_families import random_model
+
+METHODS = ("smoothquant", "quarot", "dartquant", "jointquant", "jointquant-best", "hadamard-online")
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_tokenizer):
+    """``folder(kind, **config)``: a random model in shards, with a tokenizer."""
+
+    def make(kind: str, **more) -> str:
+        random_model(kind, **more).save_pretrained(tmp_path / "model", max_shard_size="40KB")
+        tiny_tokenizer.save_pretrained(tmp_path / "model")
+        assert len([*(tmp_path / "model").glob("*.safetensors")]) > 2
+        return str(tmp_path / "model")
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_hidden_states_are_those_in_memory(folder, kind, tied):
+    name, ids = folder(kind, tie_word_embeddings=tied), torch.randint(128, (3, 20))
+    for dtype in (torch.float32, torch.bfloat16):
+        here, streamed = (walk(get_model(name, dtype=dtype, stream=stream), ids) for stream in (False, True))
+        for a, b in zip(here, streamed, strict=True):
+            assert torch.equal(a.hidden, b.hidden)
+    whole, apart = get_model(name), get_model(name, stream=True)
+    assert torch.equal(whole.get_output_embeddings().weight, apart.get_output_embeddings().weight)
+
+
+def test_one_layer_is_there_at_a_time(folder):
+    model = get_model(folder("llama"), stream=True)
+    for step in walk(model, torch.randint(128, (1, 8))):
+        there = {name for name, linear in linears_of(model).items() if not linear.weight.is_meta}
+        assert len(there) == 7
+        assert all(name.startswith(step.name) for name in there)
+    assert all(linear.weight.is_meta for linear in linears_of(model).values())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_rows_are_those_in_memory(folder, tmp_path, kind, name):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    text = str(tmp_path / "text.txt")
+    config = make_config({
+        "model": folder(kind), "calib_dataset": text, "eval_dataset": text, "output_dir": str(tmp_path / "out"),
+        "profile": "quick", "nsamples": 2, "seqlen": 32, "max_tokens": 64, "eval_seqlen": 32, "eval_windows": 2,
+        "refine_steps": 0, "kv_bits": 8,
+    })  # fmt: skip
+    recipe = pipeline.recipe_of(config, name)
+    here, streamed = (pipeline.evaluate(replace(config, stream=stream), recipe, 4, 4) for stream in (False, True))
+    assert streamed["nll"] == pytest.approx(here["nll"], rel=1e-6)
+    assert streamed["kl"] == pytest.approx(here["kl"], rel=1e-6)
+
+
+def test_a_copy_is_its_own(folder):
+    model = get_model(folder("llama"), stream=True)
+    twin = copy.deepcopy(model)
+    assert not {*model.stream.places} & {*twin.stream.places}
+    ids = torch.randint(128, (1, 8))
+    for a, b in zip(walk(model, ids), walk(twin, ids), strict=True):
+        assert torch.equal(a.hidden, b.hidden)
+
+
+def test_files_that_lack_a_weight_or_have_one_too_many_are_named(folder):
+    name = folder("llama")
+    path = next(path for path in sorted(__import__("pathlib").Path(name).glob("*.safetensors")))
+    tensors = load_file(path)
+    gone = next(iter(tensors))
+    save_file({k: v for k, v in tensors.items() if k != gone}, path, {"format": "pt"})
+    with pytest.raises(Exception, match=gone.split(".")[-2]):
+        pipeline.load_model(make_config({"model": name, "stream": True, "refine_steps": 0}))
+        list(walk(get_model(name, stream=True), torch.randint(128, (1, 8))))
+
+
+def test_stages_by_the_loss_are_refused():
+    with pytest.raises(ValueError, match="stream=True, refine_steps=20: the stages by the loss need the whole model"):
+        make_config({"model": "smollm2-135m", "profile": "quick", "stream": True})
