@@ -61,7 +61,7 @@ class Config:
     seed: int = _setting(0, "seed of windows, token samples and starts")
     device: str = _setting("cpu", "torch device, such as cpu or cuda")
     dtype: Dtype = _setting("auto", "of the model; auto: float32 up to 2B parameters, else as its checkpoint")
-    stream: bool = _setting(False, "read each layer from disk when its turn comes; needs refine_steps=0")
+    stream: bool = _setting(False, "read each layer from disk when its turn comes, and learn nothing by the loss")
     compute_dtype: ComputeDtype = _setting("auto", "of products in those stages; auto: bfloat16 where it is faster")
     eval_compute_dtype: ComputeDtype = _setting("float32", "of products in evaluation; auto as in compute_dtype")
     output_dir: str = _setting("./jointquant_output", "where results go; in a notebook, relative to the repository")
@@ -82,7 +82,7 @@ class Config:
         if self.stream and self.refine_steps:
             raise ValueError(
                 f"stream=True, refine_steps={self.refine_steps}: the stages by the loss need the whole model in "
-                "memory. Leave them out by refine_steps=0, or the stream"
+                "memory: leave out the one or the other"
             )
         for name in self.recipes.split(",") if self.recipes else ():
             check_choice("recipes", name.strip(), RECIPES)
@@ -135,7 +135,8 @@ def make_config(parameters: Mapping[str, Any]) -> Config:
     given = {name: value for name, value in parameters.items() if value is not None}
     profile = given.get("profile", Config.profile)
     check_choice("profile", profile, PROFILES)
-    return Config(**(PROFILES[profile] | PRESETS.get(given.get("model", Config.model), {}) | given))
+    preset = PRESETS.get(given.get("model", Config.model), {}) | ({"refine_steps": 0} if given.get("stream") else {})
+    return Config(**(PROFILES[profile] | preset | given))
 
 
 def config_of(namespace: Mapping[str, Any]) -> Config:
