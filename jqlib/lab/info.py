@@ -38,7 +38,8 @@ def describe(config: Config) -> str:
         "", *(f"site {site.kind:5s} {site.width:6d} channels, read by {_short(site.linears)}" for site in sites),
         "", *_rotations(shape.hidden_size, head_dim_of(model), shape.intermediate_size),
         "", f"memory: {parameters * dtype.itemsize / 1e9:.1f} GB of weights in {dtype}".replace("torch.", ""),
-        f"{peak_bytes(config) / 1e9:.1f} GB at most: two models, what tuning keeps of one, and the runner",
+        f"{peak_bytes(config) / 1e9:.1f} GB at most: two models, what tuning keeps of one, and the runner; by --stream "
+        f"{streamed_bytes(config) / 1e9:.1f} GB: embeddings, heads, one layer",
         "", *_time(config, in_layers, head, dtype),
         "", on_disk(config.folder),
     ])  # fmt: skip
@@ -58,6 +59,23 @@ def peak_bytes(config: Config) -> int:
     tokens = min(config.step_tokens, tokens_at_once(config.device))
     kept = 20 * shape.num_hidden_layers * tokens * (6 * shape.hidden_size + 4 * shape.intermediate_size)
     return weights * dtype.itemsize + max(samples, hessian) + kept + logits + 2 * PYTHON
+
+
+def streamed_bytes(config: Config) -> int:
+    """About the most memory that a run by ``--stream`` takes, the notebook's Python: embeddings and two heads; rounded
+    weights, packed; hidden states twice; a layer, and in float64 its largest matrix thrice or a Hessian twice."""
+    model, size = without_weights(config.model), dtype_of(config).itemsize
+    shape, linears = model.config, linears_of(model)
+    ends = 3 * shape.vocab_size * shape.hidden_size * size
+    packed = _numel(linears.values()) * config.w_bits / 8
+    tokens = max(config.nsamples * config.seqlen, config.eval_windows * config.eval_seqlen)
+    hidden = 2 * tokens * shape.hidden_size * size
+    sites = sites_of(model).values()
+    hessians = 4 * sum(site.width**2 for site in sites) // shape.num_hidden_layers
+    widest, largest = max(site.width for site in sites), max(linear.weight.numel() for linear in linears.values())
+    matrix = 8 * max(3 * largest, 2 * widest**2)
+    layer = _numel(linears.values()) // shape.num_hidden_layers * size
+    return int(ends + packed + hidden + hessians + matrix + layer) + PYTHON
 
 
 def _numel(linears) -> int:

@@ -152,14 +152,16 @@ def _inverse_cholesky(hessian: Tensor, name: str) -> Tensor:
     With the order of rows and columns reversed, H = LLᵀ is a product UUᵀ of upper factors: its inverse is U's.
     """
     H = hessian.flip(0, 1).double()
-    mean = H.diagonal().mean().clamp(min=1e-30)
+    diagonal = H.diagonal().clone()
+    mean = diagonal.mean().clamp(min=1e-30)
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
-        damped = H.clone()
-        damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        H.diagonal().copy_(diagonal + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(H)
         if not failed:
-            eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-            return torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1).float().contiguous()
+            del H  # at 8192 channels each of these takes half a gigabyte
+            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            return inverse.flip(0, 1).float().contiguous()
         log.warning("%s: damping %g is too small for its Hessian, trying more", name, damping)
     raise FloatingPointError(f"{name}: its Hessian has no Cholesky factor even with damping {damping:g}: are the "
                              "calibration activations finite?")  # fmt: skip
