@@ -147,8 +147,9 @@ def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: 
             if recipe.tune and config.refine_steps:
                 inputs["tuned"] = tuned_step(config, recipe, w_bits, a_bits)
 
-    def make(s, fp: Made, *found: Made) -> Made:
-        got = dict(zip(inputs, found, strict=True))
+    def make(s, *found: Made) -> Made:
+        *parts, fp = found  # FP last: its head is large, and the others are made without it in memory
+        got = dict(zip(inputs, parts, strict=True))
         parts = [got.get(name) for name in ("transforms", "weights", "tuned")]
         model = _quantised(s, *parts, w_bits, a_bits, kv_bits) if recipe else load_model(s)
         if spared:
@@ -160,7 +161,7 @@ def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: 
 
     names = (*MODEL, *WINDOWS, "eval_compute_dtype", *(("w_groupsize", "kv_bits") if recipe else ()))
     does = {"w_bits": w_bits, "a_bits": a_bits, "spared": spared}
-    return artifact_of(evaluation_step, config, names, make, fp, *inputs.values(), **does)
+    return artifact_of(evaluation_step, config, names, make, *inputs.values(), fp, **does)
 
 
 def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int, **spared) -> dict:
