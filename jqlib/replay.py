@@ -32,15 +32,17 @@ class Replayed:
 
     def _record(self, given: tuple[Tensor, ...]) -> None:
         self.given = [x.to(self.device, copy=True) for x in given]
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
-        aside.wait_stream(torch.cuda.current_stream(self.device))
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        aside = torch.cuda.Stream(self.device)
+        aside.wait_stream(before)
         try:
             with torch.cuda.stream(aside):
                 self.function(*self.given)  # what is made at first use is made now
-            torch.cuda.current_stream(self.device).wait_stream(aside)
+            before.wait_stream(aside)
             with torch.cuda.graph(graph):
                 self.found = self.function(*self.given)
             self.graph = graph
         except RuntimeError as error:
             self.can = False
+            torch.cuda.set_stream(before)  # a capture that fails may leave its own current
             log.info("%s is not replayed: CUDA said %s", self.function, str(error).split("\n")[0])

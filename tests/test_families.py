@@ -122,3 +122,10 @@ def test_every_recipe_runs_on_every_family(tmp_path, tiny_tokenizer, kind, name)
     found = pipeline.transformed(config, RECIPES[name])(ids).logits
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
     assert 1 < pipeline.evaluate(config, RECIPES[name], 4, 4)["ppl"] < 1e6
+
+
+def test_one_that_was_taken_apart_is_not_saved_as_what_it_was(tmp_path):
+    random_model("phi3").save_pretrained(tmp_path)
+    model = get_model(str(tmp_path))
+    with pytest.raises(RuntimeError, match="taken apart: a Hugging Face checkpoint of it could not be read again"):
+        model.save_pretrained(tmp_path / "again")

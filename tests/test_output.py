@@ -74,6 +74,10 @@ def test_labels_are_drawn_by_their_probabilities():
     assert not torch.equal(drawn, draw(4))
 
 
+def test_a_distribution_of_nan_breaks_nothing():
+    assert _labels(torch.full((3, 5), torch.nan), torch.rand(3)).max() < 5
+
+
 def test_inputs_are_what_is_collected(tiny_model, tokens):
     model, ids = tiny_model(), tokens(1, 32)
     wanted = collect_activations(model, ids, site_targets(model, "qkv", "ug"), max_tokens=None)

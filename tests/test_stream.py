@@ -11,8 +11,11 @@ from test_families import random_model
 
 from jqlib import get_model, pipeline
 from jqlib.config import make_config
+from jqlib.model.evaluate import last_hidden
 from jqlib.model.families import FAMILIES, linears_of
 from jqlib.model.walk import walk
+from jqlib.quant.keep import load_model, save_model
+from jqlib.quant.quantize import quantize_model
 
 METHODS = ("smoothquant", "quarot", "dartquant", "jointquant", "jointquant-best", "hadamard-online")
 
@@ -99,3 +102,33 @@ def test_stages_by_the_loss_are_left_out_or_refused():
     assert make_config(given).refine_steps == 0
     with pytest.raises(ValueError, match="stream=True, refine_steps=20: the stages by the loss need the whole model"):
         make_config(given | {"refine_steps": 20})
+
+
+def test_called_as_a_whole_or_saved_it_says_what_to_do(folder, tmp_path):
+    model = get_model(folder("llama"), stream=True)
+    with pytest.raises(RuntimeError, match=r"read layer by layer \(stream=True\) and can't be called as a whole"):
+        model(torch.randint(128, (1, 8)))
+    with pytest.raises(RuntimeError, match="its weights are not in memory to be saved"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"q_proj\.weight is not in memory"):
+        save_model(model, tmp_path / "saved")
+    quantize_model(model, 4, 4, 16)
+    save_model(model, tmp_path / "saved")
+    ids = torch.randint(128, (1, 8))
+    torch.testing.assert_close(last_hidden(load_model(tmp_path / "saved"), ids), last_hidden(model, ids))
+
+
+def test_another_models_config_is_found_out_at_once(folder):
+    name = folder("llama")
+    config = json.loads((Path(name) / "config.json").read_text())
+    (Path(name) / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
+    with pytest.raises(ValueError, match=r"have other shapes than its config says: model\.layers\.0\.mlp\.down_proj"):
+        get_model(name, stream=True)
+
+
+def test_frequencies_in_older_checkpoints_are_no_weights(folder):
+    index = Path(folder("llama")) / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    names = whole["weight_map"] | {"model.layers.0.self_attn.rotary_emb.inv_freq": "model-00001-of-00003.safetensors"}
+    index.write_text(json.dumps(whole | {"weight_map": names}))
+    get_model(str(index.parent), stream=True)

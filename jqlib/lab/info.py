@@ -9,12 +9,13 @@ from jqlib.config import Config
 from jqlib.inputs import dtype_of
 from jqlib.lab.disk import on_disk
 from jqlib.learn.lessons import ROWS
+from jqlib.learn.steps import TOGETHER
 from jqlib.model.families import R1_SITES, family_of, head_dim_of, linears_of, sites_of
 from jqlib.model.load import without_weights
-from jqlib.model.walk import tokens_at_once
 from jqlib.precision import products_dtype
 from jqlib.transform.hadamard import block_order, factors
 
+TEST_TEXT = 300_000  # tokens, about, of WikiText-2's test split
 PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the runner is one, a kernel another
 
 
@@ -56,20 +57,20 @@ def peak_bytes(config: Config) -> int:
     samples = 4 * config.max_tokens * sum(site.width for site in sites) + 8 * 4 * shape.hidden_size**2
     hessian = 8 * 4 * max(linear.in_features for linear in linears.values()) ** 2
     logits = 4 * (config.eval_seqlen + 4 * ROWS) * shape.vocab_size  # float32: a window's, and a few of some rows
-    tokens = min(config.step_tokens, tokens_at_once(config.device))
+    tokens = min(config.step_tokens, TOGETHER)
     kept = 20 * shape.num_hidden_layers * tokens * (6 * shape.hidden_size + 4 * shape.intermediate_size)
     return weights * dtype.itemsize + max(samples, hessian) + kept + logits + 2 * PYTHON
 
 
 def streamed_bytes(config: Config) -> int:
     """About the most memory that a run by ``--stream`` takes, the notebook's Python: embeddings and two heads; rounded
-    weights, packed; hidden states twice; a layer, and in float64 its largest matrix thrice or a Hessian twice."""
+    weights, packed; hidden states thrice; a layer, and in float64 its largest matrix thrice or a Hessian twice."""
     model, size = without_weights(config.model), dtype_of(config).itemsize
     shape, linears = model.config, linears_of(model)
     ends = 3 * shape.vocab_size * shape.hidden_size * size
     packed = _numel(linears.values()) * config.w_bits / 8
-    tokens = max(config.nsamples * config.seqlen, config.eval_windows * config.eval_seqlen)
-    hidden = 2 * tokens * shape.hidden_size * size
+    evaluated = config.eval_windows * config.eval_seqlen or TEST_TEXT
+    hidden = 3 * max(config.nsamples * config.seqlen, evaluated) * shape.hidden_size * size
     sites = sites_of(model).values()
     hessians = 4 * sum(site.width**2 for site in sites) // shape.num_hidden_layers
     widest, largest = max(site.width for site in sites), max(linear.weight.numel() for linear in linears.values())

@@ -19,6 +19,8 @@ def methods(config: Config) -> list[str]:
     """By the run's ``recipes``, else by its profile and the model's size; ``recipe`` is among them."""
     if config.recipes:
         asked = named(config.recipes)
+        if config.recipe == Config.recipe:  # nobody asked for it
+            return [name for name in RECIPES if name in (*BASE, *asked)]
     elif is_large(config.model):
         asked = ["jointquant-best"]
     elif config.profile == "quick":

@@ -86,7 +86,8 @@ def check_inputs(config: Config) -> None:
     import torch
 
     from jqlib.inputs import evaluation_windows, load_calibration
-    from jqlib.model.load import load_config
+    from jqlib.model.load import folder_of, load_config
+    from jqlib.model.stream import files_of
     from jqlib.transform.selfcheck import check_family
 
     try:
@@ -95,6 +96,8 @@ def check_inputs(config: Config) -> None:
         raise ValueError(f"device={config.device!r} can't be used here: {str(error).splitlines()[0]}") from error
     shape, folder = load_config(config.model), Path(config.model).expanduser()
     check_family(shape)
+    if config.stream:
+        files_of(folder_of(config.model))
     if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"{folder} has no weights: expected *.safetensors or *.bin")
     longest = max(config.seqlen, config.eval_seqlen)

@@ -146,4 +146,5 @@ def _slope(state: Tensor, head: Tensor, draws: Tensor) -> Tensor:
 def _labels(p: Tensor, draws: Tensor) -> Tensor:
     """A label for each row of (tokens, vocabulary), by its probabilities; torch.multinomial takes ten times longer."""
     upto = p.cumsum(-1)
-    return torch.searchsorted(upto, draws[:, None] * upto[:, -1:])[:, 0]
+    found = torch.searchsorted(upto, draws[:, None] * upto[:, -1:])[:, 0]
+    return found.clamp(max=p.shape[-1] - 1)  # NaN has no place among them: it shows in the loss

@@ -65,7 +65,7 @@ class Simulated(nn.Module):
 @contextmanager
 def simulated(model: nn.Module, transforms: dict[str, Transform]) -> Iterator[None]:
     """Within it the model rounds its sites' inputs as the built one will."""
-    places = sites_of(model)
+    places, saves = sites_of(model), vars(model).get("save_pretrained")
     handles = [install(model, places[name], Simulated(transform)) for name, transform in transforms.items()]
     try:
         yield
@@ -73,7 +73,10 @@ def simulated(model: nn.Module, transforms: dict[str, Transform]) -> Iterator[No
         for handle, name in zip(handles, transforms, strict=True):
             handle.remove()
             del places[name].host.transform
-        del model.save_pretrained
+        if saves:
+            model.save_pretrained = saves
+        else:
+            del model.save_pretrained
 
 
 class Turn(nn.Module):

@@ -44,21 +44,29 @@ def compute_simple_smooth_scale(
         moments = {}
         targets = site_targets(model, *sites)
         collect_activations(model, calib_data, targets, device, max_tokens=1, raw=True, moments=moments)
-    scales = {}
-    layers = [layer for _, layer in layers_of(model)]
+    scales, weights = {}, column_sizes(model, sites, measure)
     for name, place in sites_of(model, *sites).items():
-        with present(model, layers[place.layer]):
-            weight = place.weight.float().cpu()
-        if measure == "max":
-            x, w = moments[name].absmax, weight.abs().amax(0)
-        else:
-            x, w = moments[name].rms, weight.square().mean(0).sqrt()
+        x, w = moments[name].absmax if measure == "max" else moments[name].rms, weights[name]
         if place.source is not None:  # o: the query heads of a group share the channels of their kv head
             x, w = (_shared(v, place.source.out_features, head_dim_of(model)) for v in (x, w))
             x, w = ((v.amax(1) if measure == "max" else v.square().mean(1).sqrt()).flatten() for v in (x, w))
         scale = (x**alpha / w ** (1 - alpha)).clamp(min=FLOOR)
         scales[name] = scale.where((x > 0) & (w > 0), 1.0)
     return scales
+
+
+def column_sizes(model: nn.Module, sites: tuple[str, ...], measure: Measure = "max") -> dict[str, Tensor]:
+    """How large the readers' weights of each site are, by input channel, (width,), on the CPU: the largest |w|, or by
+    "l2" the root mean square.
+    """
+    found, places = {}, sites_of(model, *sites)
+    for i, (_, layer) in enumerate(layers_of(model)):
+        with present(model, layer):
+            for name, place in places.items():
+                if place.layer == i:
+                    weight = place.weight.float().cpu()
+                    found[name] = weight.abs().amax(0) if measure == "max" else weight.square().mean(0).sqrt()
+    return found
 
 
 def _shared(values: Tensor, channels: int, d: int) -> Tensor:

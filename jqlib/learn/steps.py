@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from jqlib.model.walk import tokens_at_once
 from jqlib.replay import Replayed
 
 KEEP_EVERY = 25  # steps
+TOGETHER = 2048  # tokens in memory at a time
 BETAS, EPS = (0.9, 0.99), 1e-15  # gradients of single weights are far below Adam's usual 1e-8
 
 
@@ -53,7 +53,7 @@ def minimise_by_steps(
     size = max(1, steps.tokens // ids.shape[1])
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(steps.seed))
     device = next(iter(knobs.values())).device
-    together = max(1, tokens_at_once(device) // ids.shape[1])
+    together = max(1, TOGETHER // ids.shape[1])
 
     def run(pieces: Tensor) -> Tensor:
         optimiser.zero_grad()

@@ -158,7 +158,15 @@ def split(model: nn.Module) -> nn.Module:
         for name, parts in family_of(model).joined.items():
             joined = Joined(layer.get_submodule(name), {part: rows[part] for part in parts})
             layer.set_submodule(name, joined)
+            model.save_pretrained = _refuse_parts
     return model
+
+
+def _refuse_parts(*args, **kwargs):
+    raise RuntimeError(
+        "linears of this model that hold several (such as qkv_proj) were taken apart: a Hugging Face checkpoint of it "
+        "could not be read again. Keep it by jqlib.save_model(model, path), which jqlib.load_model(path) reads"
+    )
 
 
 class Joined(nn.Module):

@@ -32,7 +32,7 @@ def get_model(
     """
     config, dtype = load_config(name), dtype or default_dtype(name)
     if stream:
-        model, found = open_model(config, files_of(_folder(name)), dtype, device)
+        model, found = open_model(config, files_of(folder_of(name)), dtype, device)
         _check_complete(name, found)
         return model
     bars = hf_logging.is_progress_bar_enabled()
@@ -78,7 +78,7 @@ def get_tokenizer(name: str):
     return tokenizer
 
 
-def _folder(name: str) -> Path:
+def folder_of(name: str) -> Path:
     """Of a model's safetensors files, from the hub if it is there."""
     source = _source(name)
     if "gguf_file" in source:
@@ -92,9 +92,10 @@ def _check_complete(name: str, found: dict) -> None:
     problems = {
         "missing_keys": "weights that its config needs are not in its files",
         "unexpected_keys": "weights in its files are not used by its config",
+        "mismatched_keys": "weights in its files have other shapes than its config says",
     }
     for kind, problem in problems.items():
-        if names := sorted(found[kind]):
+        if names := sorted(found.get(kind, ())):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(
                 f"{name}: {problem}: {', '.join(names[:3])}{more}. Is the download whole, is config.json its own?"

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from jqlib.model.families import Joined, layers_of, split
 
 Change = Callable[[nn.Linear], None]
+NOT_WEIGHTS = "rotary_emb.inv_freq"  # older checkpoints hold it; transformers makes it anew
 
 
 class Stream:
@@ -85,14 +86,16 @@ def files_of(folder: Path) -> dict[str, Path]:
 def open_model(
     config: PreTrainedConfig, files: dict[str, Path], dtype: torch.dtype, device: str | torch.device
 ) -> tuple[nn.Module, dict[str, set[str]]]:
-    """The model, in eval mode, and the names of weights that its files lack, or have beyond its own ("missing_keys",
-    "unexpected_keys"): it can be used if there are none.
+    """The model, in eval mode, and the names of weights that its files lack, have beyond its own, or in another shape
+    ("missing_keys", "unexpected_keys", "mismatched_keys"): it can be used if there are none.
     """
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.tie_weights()
     needed = {name for name, _ in model.named_parameters()}  # a tied head comes once
-    found = {"missing_keys": needed - files.keys(), "unexpected_keys": files.keys() - model.state_dict().keys()}
+    held = {name for name in files if not name.endswith(NOT_WEIGHTS)}
+    found = {"missing_keys": needed - held, "unexpected_keys": held - model.state_dict().keys()}
+    found["mismatched_keys"] = _mismatched(model, {name: files[name] for name in needed & held})
     if any(found.values()):
         return model, found
     inside = {module for _, layer in layers_of(model) for module in layer.modules() if isinstance(module, nn.Linear)}
@@ -112,10 +115,39 @@ def open_model(
             file, name, _ = wholes[at]
             places[part] = file, name, slice(first, first := first + part.out_features)
     model.stream = Stream(places, dtype, torch.device(device))
+    model.save_pretrained = _refuse
+    for _, layer in layers_of(model):
+        layer.register_forward_pre_hook(_guard)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return model, found
+
+
+def _mismatched(model: nn.Module, files: dict[str, Path]) -> set[str]:
+    """Names of tensors whose shape is not that of the model; headers alone are read."""
+    wrong = set()
+    for path in {*files.values()}:
+        with safe_open(path, "pt") as tensors:
+            here = [name for name, file in files.items() if file == path]
+            wrong |= {
+                name for name in here if tensors.get_slice(name).get_shape() != [*model.get_parameter(name).shape]
+            }
+    return wrong
+
+
+def _guard(layer: nn.Module, args) -> None:
+    """A layer whose weights are not there would compute nonsense without a word; `walk` may pass it by."""
+    absent = any(module.weight.is_meta for module in layer.modules() if isinstance(module, nn.Linear))
+    if absent and "forward" not in vars(layer):
+        raise RuntimeError(
+            "this model is read layer by layer (stream=True) and can't be called as a whole: use evaluate_perplexity, "
+            "jqlib.model.evaluate.last_hidden or jqlib.model.walk.walk, or load it without stream"
+        )
+
+
+def _refuse(*args, **kwargs):
+    raise RuntimeError("this model is read layer by layer (stream=True): its weights are not in memory to be saved")
 
 
 def _parameter(file: Path, name: str, rows: slice, dtype: torch.dtype, device) -> nn.Parameter:

@@ -22,7 +22,7 @@ from jqlib.transform.transform import packed, unpacked
 def save_model(model: nn.Module, path: str | Path) -> None:
     """Write a model, whatever was done to it, to a safetensors file that `load_model` reads; not its tokenizer.
 
-    4-bit weights take 4 bits and their scales 16 each; all else keeps its dtype.
+    4-bit weights take 4 bits and their scales 16 each; all else keeps its dtype. ValueError if weights are not there.
     """
     rounded = rounded_linears(model)
     transforms, layouts = packed(standing(model))
@@ -33,6 +33,9 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         "kv_bits": kv_grid.bits if kv_grid else OFF, "dtype": str(model.dtype).removeprefix("torch."),
         "grid": next(([linear.grid.bits, linear.grid.groupsize] for linear in rounded.values()), None),
     }  # fmt: skip
+    if gone := [name for name, p in weights.items() if p.is_meta]:
+        raise ValueError(f"{gone[0]} is not in memory: a model that is read layer by layer (stream=True) can be kept "
+                         "when its weights are rounded")  # fmt: skip
     tensors = {f"weight {k}": p for k, p in weights.items()} | {f"transform {k}": t for k, t in transforms.items()}
     tensors |= {f"rounded {k}": t for k, t in pack_weights(model).items()}
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")

@@ -14,16 +14,16 @@ class WeightGrid(nn.Module):
         super().__init__()
         self.bits, self.groupsize = bits, groupsize
         self.register_buffer("scale", scale.half(), persistent=False)  # a Hugging Face checkpoint has no place for it
-        self.packed: Tensor | None = None  # the codes, while the weight itself is not in memory (`jqlib.model.stream`)
+        self.packed: Tensor | None = None  # the codes, where the weight itself comes and goes (`jqlib.model.stream`)
 
     def put_away(self, linear: nn.Linear) -> None:
-        self.packed = pack(codes_of(linear), self.bits)
+        if self.packed is None:
+            self.packed = pack(codes_of(linear), self.bits)
 
     def bring_back(self, linear: nn.Linear) -> None:
         codes = unpack(self.packed.to(self.scale.device), self.bits, linear.in_features)
         weight = codes * spread(self.scale.float(), self.groupsize, codes)
         linear.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
-        self.packed = None
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, groupsize={self.groupsize}"
@@ -76,6 +76,7 @@ def unpack_weights(model: nn.Module, tensors: dict[str, Tensor], bits: int, grou
             linear.grid.packed = packed
             if not linear.weight.is_meta:
                 linear.grid.bring_back(linear)
+                linear.grid.packed = None
     model.load_state_dict({name: tensor for name, tensor in tensors.items() if "|" not in name}, strict=False)
 
 
