@@ -84,8 +84,8 @@ class Config:
                 f"stream=True, refine_steps={self.refine_steps}: the stages by the loss need the whole model in "
                 "memory: leave out the one or the other"
             )
-        for name in self.recipes.split(",") if self.recipes else ():
-            check_choice("recipes", name.strip(), RECIPES)
+        for name in named(self.recipes):
+            check_choice("recipes", name, RECIPES)
 
     @property
     def folder(self) -> Path:
@@ -157,6 +157,11 @@ def get_llama_8b_config(**parameters) -> Config:
 def get_smollm2_135m_config(**parameters) -> Config:
     """The embedded model, profile ``quick`` unless another is named."""
     return make_config({"model": "smollm2-135m", "profile": "quick"} | parameters)
+
+
+def named(recipes: str | None) -> list[str]:
+    """The names in ``"a, b"``."""
+    return [name.strip() for name in recipes.split(",")] if recipes else []
 
 
 def slug(model: str) -> str:

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from jqlib.config import Config
-from jqlib.model.load import without_weights
+from jqlib.config import Config, named
+from jqlib.model.load import parameters_of
 from jqlib.recipes import RECIPES
 from jqlib.transform.grids import OFF
 
@@ -17,10 +17,10 @@ Row = tuple[Config, str, int, int]  # settings, method, bits of weights and of a
 
 def methods(config: Config) -> list[str]:
     """By the run's ``recipes``, else by its profile and the model's size; ``recipe`` is among them."""
+    own = (config.recipe,)
     if config.recipes:
         asked = named(config.recipes)
-        if config.recipe == Config.recipe:  # nobody asked for it
-            return [name for name in RECIPES if name in (*BASE, *asked)]
+        own = () if config.recipe == Config.recipe else own  # the default: nobody asked for it
     elif is_large(config.model):
         asked = ["jointquant-best"]
     elif config.profile == "quick":
@@ -28,16 +28,11 @@ def methods(config: Config) -> list[str]:
     else:
         left_out = () if config.profile == "full" else ("quarot-learned", "dartquant-r2")
         asked = [name for name in RECIPES if name not in left_out]
-    return [name for name in RECIPES if name in (*BASE, *asked, config.recipe)]
-
-
-def named(recipes: str) -> list[str]:
-    """The names in ``"a,b"``."""
-    return [name.strip() for name in recipes.split(",")]
+    return [name for name in RECIPES if name in (*BASE, *asked, *own)]
 
 
 def is_large(model: str) -> bool:
-    return sum(p.numel() for p in without_weights(model).parameters()) > LARGE
+    return parameters_of(model) > LARGE
 
 
 def plan(config: Config) -> list[Row]:

@@ -75,8 +75,8 @@ def study(minutes: float | None = None, device: str = "cpu") -> int:
         if minutes is not None and time.monotonic() - start > 60 * minutes:
             return len(planned) - i
         row = pipeline.evaluate(config, recipe, w_bits, a_bits)
-        told = {"seed": config.seed, "text": config.eval_dataset or "wiki", "step_tokens": config.step_tokens}
-        told |= {"device": config.device}
+        told = {"seed": config.seed, "text": config.eval_dataset or "wiki"}
+        told |= {"step_tokens": config.step_tokens, "device": config.device}
         rows.append(about | told | row)
         print(f"{i + 1}/{len(planned)} {about['label']} ({about['group']}, {told['text']}, seed {config.seed}): "
               f"PPL {row['ppl']:.2f}, KL {row['kl']:.3f}", flush=True)  # fmt: skip

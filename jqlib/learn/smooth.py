@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from jqlib.choices import Measure, check_choice
 from jqlib.learn.activations import Moments, collect_activations
-from jqlib.model.families import head_dim_of, layers_of, site_targets, sites_of
-from jqlib.model.stream import present
+from jqlib.model.families import head_dim_of, site_targets, sites_of
+from jqlib.model.stream import each_layer
 
 FLOOR = 1e-5
 
@@ -59,13 +59,11 @@ def column_sizes(model: nn.Module, sites: tuple[str, ...], measure: Measure = "m
     """How large the readers' weights of each site are, by input channel, (width,), on the CPU: the largest |w|, or by
     "l2" the root mean square.
     """
-    found, places = {}, sites_of(model, *sites)
-    for i, (_, layer) in enumerate(layers_of(model)):
-        with present(model, layer):
-            for name, place in places.items():
-                if place.layer == i:
-                    weight = place.weight.float().cpu()
-                    found[name] = weight.abs().amax(0) if measure == "max" else weight.square().mean(0).sqrt()
+    found = {}
+    for places in each_layer(model, *sites):
+        for place in places:
+            weight = place.weight.float().cpu()
+            found[place.name] = weight.abs().amax(0) if measure == "max" else weight.square().mean(0).sqrt()
     return found
 
 

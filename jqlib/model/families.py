@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from jqlib.model.refuse import refuse_to_save
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ REASONS = {  # why a model_type has no entry, where that is known
     "gpt2": "it has LayerNorms, which take the mean off", "phi": "it has LayerNorms, which take the mean off",
 }  # fmt: skip
 R1_SITES = ("qkv", "ug")
+APART = (
+    "linears of this model that hold several (such as qkv_proj) were taken apart: a Hugging Face checkpoint of it "
+    "could not be read again. Keep it by jqlib.save_model(model, path), which jqlib.load_model(path) reads"
+)
 
 
 @dataclass(frozen=True)
@@ -158,15 +165,8 @@ def split(model: nn.Module) -> nn.Module:
         for name, parts in family_of(model).joined.items():
             joined = Joined(layer.get_submodule(name), {part: rows[part] for part in parts})
             layer.set_submodule(name, joined)
-            model.save_pretrained = _refuse_parts
+            refuse_to_save(model, APART)
     return model
-
-
-def _refuse_parts(*args, **kwargs):
-    raise RuntimeError(
-        "linears of this model that hold several (such as qkv_proj) were taken apart: a Hugging Face checkpoint of it "
-        "could not be read again. Keep it by jqlib.save_model(model, path), which jqlib.load_model(path) reads"
-    )
 
 
 class Joined(nn.Module):
@@ -187,5 +187,8 @@ class Joined(nn.Module):
 
 
 def head_dim_of(model: nn.Module) -> int:
-    config = model.config
+    return head_dim_in(model.config)
+
+
+def head_dim_in(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -14,6 +14,8 @@ from torch import nn
 from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+from jqlib.model.families import head_dim_in
+
 NEUTRAL = {  # entries that change nothing at these values
     "rope.scaling.type": ("none",), "rope.scaling.factor": (0, 1), "rope.scale_linear": (1,), "expert_count": (0,),
     "expert_used_count": (0,), "attention.causal": (True,), "attention.sliding_window": (0,),
@@ -25,7 +27,7 @@ SPLITS = (*GGUF_PRE_TOKENIZER_SPLITS, "gpt-2", SMOLLM)  # those that are read ri
 
 def check_gguf(path: Path, config) -> None:
     """Raises ValueError, naming it, for what a GGUF file says and the ``config`` that was made from it does not."""
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    d = head_dim_in(config)
     found = _header(path, path.stat().st_mtime_ns)[0]
     if (parts := found.get("split.count", 1)) > 1:
         raise ValueError(

@@ -147,13 +147,18 @@ def _load(auto, name: str, source: dict, **kwargs):
 
 def default_dtype(name: str) -> torch.dtype:
     """float32 for models up to FLOAT32_UP_TO parameters, the checkpoint's own for larger ones."""
-    return _default_dtype(name, fingerprint(name))
+    small = parameters_of(name) <= FLOAT32_UP_TO
+    return torch.float32 if small else load_config(name).dtype or torch.float32
+
+
+def parameters_of(name: str) -> int:
+    """How many it has; no weights are read."""
+    return _parameters_of(name, fingerprint(name))
 
 
 @cache
-def _default_dtype(name: str, content: str) -> torch.dtype:
-    parameters = sum(p.numel() for p in without_weights(name).parameters())
-    return torch.float32 if parameters <= FLOAT32_UP_TO else load_config(name).dtype or torch.float32
+def _parameters_of(name: str, content: str) -> int:
+    return sum(p.numel() for p in without_weights(name).parameters())
 
 
 def without_weights(name: str) -> nn.Module:

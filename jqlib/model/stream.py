@@ -17,9 +17,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from jqlib.model.families import Joined, layers_of, split
+from jqlib.model.families import Joined, Place, layers_of, sites_of, split
+from jqlib.model.refuse import refuse_to_save
 
 Change = Callable[[nn.Linear], None]
+ELSEWHERE = "this model is read layer by layer (stream=True): its weights are not in memory to be saved"
 NOT_WEIGHTS = "rotary_emb.inv_freq"  # older checkpoints hold it; transformers makes it anew
 
 
@@ -62,6 +64,14 @@ def present(model: nn.Module, layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         stream.forget(layer)
+
+
+def each_layer(model: nn.Module, *kinds: str) -> Iterator[list[Place]]:
+    """The sites of these kinds of one layer after the other, each while its weights are in memory."""
+    places = sites_of(model, *kinds).values()
+    for i, (_, layer) in enumerate(layers_of(model)):
+        with present(model, layer):
+            yield [place for place in places if place.layer == i]
 
 
 def change(model: nn.Module, module: nn.Module, how: Change) -> None:
@@ -115,7 +125,7 @@ def open_model(
             file, name, _ = wholes[at]
             places[part] = file, name, slice(first, first := first + part.out_features)
     model.stream = Stream(places, dtype, torch.device(device))
-    model.save_pretrained = _refuse
+    refuse_to_save(model, ELSEWHERE)
     for _, layer in layers_of(model):
         layer.register_forward_pre_hook(_guard)
     for module in model.modules():
@@ -144,10 +154,6 @@ def _guard(layer: nn.Module, args) -> None:
             "this model is read layer by layer (stream=True) and can't be called as a whole: use evaluate_perplexity, "
             "jqlib.model.evaluate.last_hidden or jqlib.model.walk.walk, or load it without stream"
         )
-
-
-def _refuse(*args, **kwargs):
-    raise RuntimeError("this model is read layer by layer (stream=True): its weights are not in memory to be saved")
 
 
 def _parameter(file: Path, name: str, rows: slice, dtype: torch.dtype, device) -> nn.Parameter:

@@ -96,26 +96,18 @@ def _enter(model: nn.Module, windows: Tensor) -> tuple[Tensor, list[dict]]:
     hidden: list[Tensor] = []
     arguments: list[dict] = []
 
-    def remember(module, args, kwargs) -> None:
-        arguments.append(kwargs)
+    def remember(layer, args, kwargs) -> None:
+        if layer is layers[0]:
+            hidden.append(args[0])
+        if len(arguments) < len(layers):  # the first window's
+            arguments.append(kwargs)
 
-    def first(module, args, kwargs) -> None:
-        hidden.append(args[0])
-        if len(hidden) > 1:
-            raise _SeenAllError
-
-    handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]
-    handles.append(layers[0].register_forward_pre_hook(first, with_kwargs=True))
-    with removing(handles):
+    with removing([layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in layers]):
         for layer in layers:
             layer.forward = lambda x, *_, **__: x
         try:
-            for i, window in enumerate(windows):
-                with suppress(_SeenAllError):
-                    model.base_model(window[None].to(model.device), use_cache=False)
-                if i == 0:
-                    for handle in handles[:-1]:
-                        handle.remove()
+            for window in windows:
+                model.base_model(window[None].to(model.device), use_cache=False)
         finally:
             for layer in layers:
                 del layer.forward

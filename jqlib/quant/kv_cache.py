@@ -7,7 +7,8 @@ outliers (QuaRot §4). Simulated: a key is rotated, rounded and turned back, so 
 from torch import Tensor, nn
 
 from jqlib.model.families import attentions_of, head_dim_of
-from jqlib.transform.install import refuse_to_save
+from jqlib.model.refuse import refuse_to_save
+from jqlib.transform.install import ONLINE
 from jqlib.transform.transform import Grid, Hadamard, Transform
 
 
@@ -33,7 +34,7 @@ def quantize_kv_cache(model: nn.Module, bits: int) -> None:
     for attention in attentions_of(model):
         attention.kv_grid = KVGrid(head_dim_of(model), bits).to(model.device)
         attention.register_forward_pre_hook(_behind_a_grid, with_kwargs=True)
-    model.save_pretrained = refuse_to_save
+    refuse_to_save(model, ONLINE)
 
 
 def _behind_a_grid(attention: nn.Module, args, kwargs):

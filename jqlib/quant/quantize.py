@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from jqlib.choices import GptqInputs, Weights, check_choice
-from jqlib.model.families import Place, head_dim_of, layers_of, linears_of, sites_of
-from jqlib.model.stream import present
+from jqlib.model.families import Place, head_dim_of, sites_of
+from jqlib.model.stream import each_layer
 from jqlib.quant.gptq import quantize_weights_gptq
 from jqlib.quant.kv_cache import quantize_kv_cache
 from jqlib.quant.packed import set_weight
@@ -77,10 +77,10 @@ def round_weights(
         before = None if gptq_inputs == "fp" else lambda place: set_grid(model, place, grids[place.name])
         quantize_weights_gptq(model, calib_data, bits, groupsize, before=before, correct=gptq_inputs == "corrected")
     elif bits < OFF:
-        for name, layer in tqdm([*layers_of(model)], "rounding weights", unit="layer"):
-            with present(model, layer):
-                for linear in (linear for at, linear in linears_of(model).items() if at.startswith(f"{name}.")):
-                    set_weight(linear, *round_to_nearest(linear.weight.data, bits, groupsize), bits, groupsize)
+        layers = model.config.num_hidden_layers
+        for places in tqdm(each_layer(model), "rounding weights", layers, unit="layer"):
+            for linear in (linear for place in places for linear in place.linears.values()):
+                set_weight(linear, *round_to_nearest(linear.weight.data, bits, groupsize), bits, groupsize)
 
 
 def round_inputs(model: nn.Module, grids: dict[str, Grid]) -> None:

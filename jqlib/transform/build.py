@@ -16,7 +16,7 @@ from jqlib.transform.check import (
     check_smooth_scale,
     check_stream,
 )
-from jqlib.transform.install import install
+from jqlib.transform.install import install_left
 from jqlib.transform.merge import gamma_of, merge, stream_of
 from jqlib.transform.selfcheck import check_family
 from jqlib.transform.transform import Grid, Hadamard, Rotation, Transform
@@ -106,9 +106,7 @@ def build(model: nn.Module, transforms: dict[str, Transform], replaced: Collecti
     check_stream([transforms[name] for name in norms_of(model)])
     fuse = stream_of(model, transforms) is not None
     merge(model, transforms, fuse, replaced)
-    for name, place in sites_of(model).items():
-        if (left := transforms[name].split()[1]).runs:
-            install(model, place, left)
+    install_left(model, transforms)
     done(model).update({"rotated", "fused"} if fuse else {"rotated"})
 
 

@@ -78,7 +78,8 @@ def block_order(n: int) -> int:
     for blocks in range(1, n):
         if n % blocks == 0 and _has_factors(n // blocks):
             return n // blocks
-    return factors(n) and n  # 1, or its error
+    factors(n)  # raises, unless n is 1
+    return n
 
 
 def _has_factors(n: int) -> bool:

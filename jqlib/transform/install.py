@@ -3,13 +3,27 @@
 from torch import Tensor, nn
 
 from jqlib.model.families import Place, linears_of, sites_of
+from jqlib.model.refuse import refuse_to_save
 from jqlib.transform.transform import Transform
+
+ONLINE = (
+    "this model has Hadamard transforms online or rounds its activations, which a Hugging Face checkpoint does not "
+    "hold: loaded again it would compute something else. Keep it by jqlib.save_model(model, path), which "
+    "jqlib.load_model(path) reads, or build it with r4=False, no online sites and a_bits=16"
+)
+
+
+def install_left(model: nn.Module, transforms: dict[str, Transform]) -> None:
+    """Install, at every site, what merging leaves of its transform."""
+    for name, place in sites_of(model).items():
+        if (left := transforms[name].split()[1]).runs:
+            install(model, place, left)
 
 
 def install(model: nn.Module, place: Place, transform: nn.Module):
     """From now on the site's input goes through ``transform``, which stands in the model; returns the hook's handle."""
     place.host.transform = transform
-    model.save_pretrained = refuse_to_save
+    refuse_to_save(model, ONLINE)
     if place.norm is not None:
         return place.norm.register_forward_hook(_behind)
     return place.host.register_forward_pre_hook(_before)
@@ -21,15 +35,6 @@ def _behind(norm: nn.Module, args, output: Tensor) -> Tensor:
 
 def _before(linear: nn.Module, args) -> tuple:
     return (linear.transform(args[0]), *args[1:])
-
-
-def refuse_to_save(*args, **kwargs):
-    """What `save_pretrained` is in a model of which a Hugging Face checkpoint would lose a part."""
-    raise RuntimeError(
-        "this model has Hadamard transforms online or rounds its activations, which a Hugging Face checkpoint does not "
-        "hold: loaded again it would compute something else. Keep it by jqlib.save_model(model, path), which "
-        "jqlib.load_model(path) reads, or build it with r4=False, no online sites and a_bits=16"
-    )
 
 
 def standing(model: nn.Module) -> dict[str, Transform]:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from jqlib.model.families import head_dim_of, sites_of, split
+from jqlib.model.families import head_dim_in, head_dim_of, sites_of, split
 from jqlib.transform.hadamard import random_hadamard
-from jqlib.transform.install import install
+from jqlib.transform.install import install_left
 from jqlib.transform.merge import gamma_of, merge
 from jqlib.transform.transform import Hadamard, Rotation, Transform
 
@@ -65,9 +65,7 @@ def _transform(model: nn.Module) -> None:
         else:
             transforms[name] = Transform(positive, Hadamard(place.width), online=True)
     merge(model, transforms, fuse=True)
-    for name, place in sites_of(model).items():
-        if (left := transforms[name].split()[1]).runs:
-            install(model, place, left)
+    install_left(model, transforms)
 
 
 def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -75,8 +73,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     small, layers = deepcopy(config), config.num_hidden_layers
     groups = min(8, config.num_attention_heads // config.num_key_value_heads)
     kv = min(2, config.num_key_value_heads)
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    odd = d * config.num_attention_heads != config.hidden_size
+    odd = head_dim_in(config) * config.num_attention_heads != config.hidden_size
     by_layer = {name: v for name, v in vars(config).items() if isinstance(v, list) and len(v) == layers}
     kinds = [tuple(values[i] for values in by_layer.values()) for i in range(layers)]
     second = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), layers - 1)
