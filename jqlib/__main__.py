@@ -10,7 +10,8 @@ from jqlib.lab.run import check_inputs, read_run_file, run, select_notebooks, wi
 
 # what check_inputs and the estimate of memory depend on
 INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_seqlen", "eval_windows", "eval_split",
-          "eval_draw", "bos", "calib_dataset", "eval_dataset", "device", "dtype")  # fmt: skip
+          "eval_draw", "bos", "calib_dataset", "eval_dataset", "device", "dtype", "stream", "step_tokens",
+          "w_bits")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,9 +23,14 @@ def main(argv: list[str] | None = None) -> int:
     for name in KINDS:
         _add_flag(run_parser, name)
     _add_sweep(commands)
-    info_parser = commands.add_parser("info", help="sites, sizes, memory and time of a model, and what is on disk")
+    info_parser = commands.add_parser(
+        "info", help="sites, sizes, memory and time of a model, and what is on disk", allow_abbrev=False
+    )
     info_parser.add_argument("model", help=HELP["model"])
-    info_parser.add_argument("--profile", default=Config.profile, help=HELP["profile"])
+    info_parser.add_argument("--measure", action="store_true", help="what a row of --recipe will take, stage by stage: "
+                             "it is tried here on random models of the same widths, a few layers")  # fmt: skip
+    for name in KINDS.keys() - {"model"}:
+        _add_flag(info_parser, name)
     study_parser = commands.add_parser("study", help="what takes hours on the embedded model: figures/study.json")
     study_parser.add_argument("--minutes", type=float, help="begin no row after so many minutes (all rows)")
     study_parser.add_argument("--device", default=Config.device, help=HELP["device"])
@@ -45,14 +51,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    flags = {name: getattr(arguments, name) for name in KINDS if hasattr(arguments, name)}
-    return run({**read_run_file(arguments.file), **flags}, arguments.only)
+    return run({**read_run_file(arguments.file), **_given(arguments)}, arguments.only)
+
+
+def _given(arguments: argparse.Namespace) -> dict:
+    """The parameters among the flags."""
+    return {name: getattr(arguments, name) for name in KINDS if hasattr(arguments, name)}
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from jqlib.lab.info import describe
+    from jqlib.lab import info, trial
 
-    print(describe(make_config({"model": arguments.model, "profile": arguments.profile})))
+    config = make_config(_given(arguments))
+    print(info.describe(config))
+    if arguments.measure:
+        print(trial.describe(config))
     return 0
 
 

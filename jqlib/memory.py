@@ -1,8 +1,12 @@
-"""The most memory that is held while something runs."""
+"""Memory: the most that is held while something runs, what is free, and giving back what nothing uses."""
 
+import ctypes
+import gc
 import re
+import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -28,3 +32,18 @@ class PeakMemory:
         kilobytes = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text()) if self.known else None
         gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         return {"peak_rss_bytes": int(kilobytes[1]) * 1024 if kilobytes else None, "peak_gpu_bytes": gpu}
+
+
+def release() -> None:
+    """Give back what nothing uses: objects that refer to each other, and what the C library keeps of freed memory."""
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What can still be had on a device."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept

@@ -36,8 +36,8 @@ from jqlib.learn.layerwise import round_layer_by_layer
 from jqlib.learn.lessons import Lessons, cut
 from jqlib.learn.tune import tune
 from jqlib.model.evaluate import Reference, evaluate_windows, last_hidden
-from jqlib.model.families import linears_of, site_targets
-from jqlib.model.load import get_tokenizer
+from jqlib.model.families import linears_of, rotated_sizes, site_targets
+from jqlib.model.load import get_tokenizer, load_config
 from jqlib.precision import products_dtype
 from jqlib.quant.kv_cache import quantize_kv_cache
 from jqlib.quant.packed import pack_weights, scales_of, unpack_weights, vectors_of
@@ -47,6 +47,7 @@ from jqlib.recipes import RECIPES, SMOOTHED_BY_CHOICE, Recipe
 from jqlib.store import Artifact, Made
 from jqlib.transform.build import build, done
 from jqlib.transform.grids import OFF
+from jqlib.transform.hadamard import in_blocks
 from jqlib.transform.install import online_operations
 from jqlib.transform.transform import Grid, unpacked
 
@@ -219,4 +220,5 @@ def protocol(config: Config) -> dict:
         "products": str(products_dtype(config.eval_compute_dtype, config.device)),
         "products_in_calibration": str(products_dtype(config.compute_dtype, config.device)),
         "not_quantised": "embeddings, lm_head" + (", KV cache" if config.kv_bits == OFF else ""),
+        "hadamard": {name: in_blocks(size) for name, size in rotated_sizes(load_config(config.model)).items()},
     }  # fmt: skip

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, uint8
 
 from jqlib.config import ROOT, Config
-from jqlib.memory import PeakMemory
+from jqlib.memory import PeakMemory, release
 
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "pandas", "matplotlib", "papermill")
 DECIDING = ("torch", "transformers")  # their versions decide what an artifact holds
@@ -87,6 +87,7 @@ class Artifact:
             if state:
                 print(f"resuming from {unfinished.name}")
             more = {"resume": state and state[0], "keep": lambda tensors: _write(unfinished, self.depends, tensors, {})}
+        release()
         start, peak = time.perf_counter(), PeakMemory()
         tensors, values = self.make(*inputs, **more)
         cost = {"seconds": time.perf_counter() - start} | peak.measured()

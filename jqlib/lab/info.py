@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from jqlib.config import Config
-from jqlib.inputs import dtype_of
+from jqlib.inputs import dtype_of, steps_of
 from jqlib.lab.disk import on_disk
 from jqlib.learn.lessons import ROWS
-from jqlib.learn.steps import TOGETHER
-from jqlib.model.families import R1_SITES, family_of, head_dim_of, linears_of, sites_of
+from jqlib.learn.recompute import kept_bytes
+from jqlib.model.families import R1_SITES, family_of, linears_of, rotated_sizes, sites_of
 from jqlib.model.load import without_weights
 from jqlib.precision import products_dtype
-from jqlib.transform.hadamard import block_order, factors
+from jqlib.transform.hadamard import block_order, factors, in_blocks
 
 TEST_TEXT = 300_000  # tokens, about, of WikiText-2's test split
 PYTHON = 700_000_000  # bytes of a process that has torch and transformers: the runner is one, a kernel another
@@ -37,7 +37,7 @@ def describe(config: Config) -> str:
         + (", tied head (untied when norms are fused)" if shape.tie_word_embeddings else ""),
         f"{parameters:,} parameters, {in_layers:,} of them in the {len(linears)} linears that are quantised",
         "", *(f"site {site.kind:5s} {site.width:6d} channels, read by {_short(site.linears)}" for site in sites),
-        "", *_rotations(shape.hidden_size, head_dim_of(model), shape.intermediate_size),
+        "", *(_rotation(name, size) for name, size in rotated_sizes(shape).items()),
         "", f"memory: {parameters * dtype.itemsize / 1e9:.1f} GB of weights in {dtype}".replace("torch.", ""),
         f"{peak_bytes(config) / 1e9:.1f} GB at most: two models, what tuning keeps of one, and the runner; by --stream "
         f"{streamed_bytes(config) / 1e9:.1f} GB: embeddings, heads, one layer",
@@ -57,8 +57,7 @@ def peak_bytes(config: Config) -> int:
     samples = 4 * config.max_tokens * sum(site.width for site in sites) + 8 * 4 * shape.hidden_size**2
     hessian = 8 * 4 * max(linear.in_features for linear in linears.values()) ** 2
     logits = 4 * (config.eval_seqlen + 4 * ROWS) * shape.vocab_size  # float32: a window's, and a few of some rows
-    tokens = min(config.step_tokens, TOGETHER)
-    kept = 20 * shape.num_hidden_layers * tokens * (6 * shape.hidden_size + 4 * shape.intermediate_size)
+    kept = kept_bytes(shape, steps_of(config).together)
     return weights * dtype.itemsize + max(samples, hessian) + kept + logits + 2 * PYTHON
 
 
@@ -88,16 +87,12 @@ def _short(linears: dict[str, nn.Linear]) -> str:
     return ", ".join(".".join(name.split(".")[-2:]) for name in linears)
 
 
-def _rotations(hidden: int, head: int, intermediate: int) -> list[str]:
-    lines = []
-    for name, size in {"R1": hidden, "R2, R3": head, "R4": intermediate}.items():
-        try:
-            order = block_order(size)
-            blocks = "" if order == size else f"{size // order} blocks of {order} = "
-            lines.append(f"{name:6s} {size:6d} = {blocks}{' · '.join(map(str, factors(order)))}")
-        except ValueError as error:
-            lines.append(f"{name:6s} {size:6d}: {error}")
-    return lines
+def _rotation(name: str, size: int) -> str:
+    try:
+        blocks = "" if in_blocks(size) == "whole" else f"{in_blocks(size)} = "
+        return f"{name:6s} {size:6d} = {blocks}{' · '.join(map(str, factors(block_order(size))))}"
+    except ValueError as error:
+        return f"{name:6s} {size:6d}: {error}"
 
 
 def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list[str]:

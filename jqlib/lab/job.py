@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import yaml
 
 from jqlib.store import write, write_json
@@ -68,8 +69,6 @@ def execute(name: str, job: dict, topic: str, slots: dict[str, int]) -> dict:
 
 def end(jobs: dict[str, dict], dask_worker) -> list[str]:
     """On each Dask worker: end the processes of these jobs (key -> job); the keys that still keep this worker busy."""
-    import psutil
-
     keys = [key for key in dask_worker.active_threads.values() if key in jobs]
     for key in keys:
         if process := process_of(state_of(jobs[key])):
@@ -81,10 +80,8 @@ def end(jobs: dict[str, dict], dask_worker) -> list[str]:
     return keys
 
 
-def process_of(state: dict):
-    """The process that does the run, if this is its machine and it lives: a psutil.Process, else None."""
-    import psutil
-
+def process_of(state: dict) -> psutil.Process | None:
+    """The process that does the run, if this is its machine and it lives."""
     try:
         if state.get("state") == "running" and state["host"] == platform.node():
             process = psutil.Process(state["pid"])
@@ -95,8 +92,6 @@ def process_of(state: dict):
 
 
 def _identity(pid: int) -> dict:
-    import psutil
-
     return {"pid": pid, "born": psutil.Process(pid).create_time()}
 
 

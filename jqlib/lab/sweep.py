@@ -12,6 +12,8 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from jqlib.config import KINDS, Config, make_config, slug
 from jqlib.lab.job import end, execute, log_of, state_of
 
@@ -76,16 +78,15 @@ def require_dask() -> None:
 
 def slots_here(configs: list[Config]) -> int:
     """How many of these runs this machine does at a time: as many as it has cores, and memory for the largest."""
-    import psutil
     from dask.system import CPU_COUNT
     from distributed.system import MEMORY_LIMIT
 
-    from jqlib.lab.info import peak_bytes
+    from jqlib.lab.info import peak_bytes, streamed_bytes
 
     if any(config.device != "cpu" for config in configs):
         return 1
     memory = min(psutil.virtual_memory().available, MEMORY_LIMIT)
-    return max(1, min(CPU_COUNT, memory // max(peak_bytes(config) for config in configs)))
+    return max(1, min(CPU_COUNT, memory // max((streamed_bytes if c.stream else peak_bytes)(c) for c in configs)))
 
 
 def sweep(runs: dict[str, dict], only: str, scheduler: str | None = None, slots: int = 1, retry: bool = False) -> int:

@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from torch.nn.utils import parametrize
 
 from jqlib.learn.lessons import ROWS, cut
+from jqlib.learn.recompute import recomputing
 from jqlib.learn.refine import learnable
 from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import R1_SITES, family_of, norms_of, sites_of
@@ -69,7 +70,7 @@ def train_r1_output(
         with parametrize.cached():
             return torch.stack([cost(transforms[name], *xh, w_bits, groupsize) for name, xh in seen.items()]).sum()
 
-    with learnable(sites_of(model), transforms, tuple(RATES)) as knobs:
+    with learnable(sites_of(model), transforms, tuple(RATES)) as knobs, recomputing(model, steps.together):
         minimise_by_steps(knobs, loss, ids, RATES, steps, "output")
     R1 = polar(next(iter(transforms.values())).rotation.matrix).cpu()
     return R1, {name: transform.gain.detach().cpu() for name, transform in transforms.items()}
@@ -139,7 +140,8 @@ def _slope(state: Tensor, head: Tensor, draws: Tensor) -> Tensor:
     slopes = []
     for rows, drawn in zip(state.split(ROWS), draws.split(ROWS), strict=True):
         p = linear(rows, head).float().softmax(-1)
-        slopes.append(p.scatter_add(-1, _labels(p, drawn)[:, None], -torch.ones_like(p[:, :1])) @ head)
+        slope = p.scatter_add(-1, _labels(p, drawn)[:, None], -torch.ones_like(p[:, :1]))
+        slopes.append(slope.to(head.dtype) @ head)
     return torch.cat(slopes)
 
 

@@ -8,12 +8,14 @@ rounded and turned back (`Transform.simulate`), with no merging of weights at an
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from jqlib.learn.lessons import Lessons
+from jqlib.learn.recompute import recomputing
 from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import Place, sites_of
 from jqlib.precision import products_in
@@ -44,11 +46,23 @@ def refine(
     lessons = lessons.to(model.device)
 
     def loss(pieces: Tensor) -> Tensor:
-        with products_in(steps.dtype, model.device), parametrize.cached():
+        with products_in(steps.dtype, model.device):
             return lessons.loss(model, pieces)
 
-    with simulated(model, transforms), learnable(sites_of(model), transforms, learn) as knobs:
-        minimise_by_steps(knobs, loss, lessons.ids, RATES, steps, "refining")
+    learning = learnable(sites_of(model), transforms, learn)
+    with simulated(model, transforms), learning as knobs, recomputing(model, steps.together):
+        once = partial(made_once, transforms)
+        minimise_by_steps(knobs, loss, lessons.ids, RATES, steps, "refining", once)
+
+
+@contextmanager
+def made_once(transforms: dict[str, Transform]) -> Iterator[None]:
+    """Within it their parts are made of what is learned once, before the layers: these may run twice (`recompute`)."""
+    with parametrize.cached():
+        for module in {module for transform in transforms.values() for module in transform.modules()}:
+            for name in getattr(module, "parametrizations", ()):
+                getattr(module, name)
+        yield
 
 
 class Simulated(nn.Module):

@@ -77,7 +77,9 @@ class OnGrid(nn.Module):
         grid = linear.grid
         self.scale, self.top, self.groupsize = grid.scale.float(), 2 ** (grid.bits - 1), grid.groupsize
         place = codes_of(linear)
-        if aim is not None:
+        if aim is None:
+            place = place.to(torch.int8 if grid.bits <= 8 else torch.int16)
+        else:
             cells = aim.float() / spread(self.scale, self.groupsize, place)
             place += (cells - place).clamp_(-INSIDE, INSIDE)
         self.place = nn.Parameter(place, requires_grad=aim is not None)

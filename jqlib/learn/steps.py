@@ -6,6 +6,7 @@ and "Aristotle", which are validation text (`embedded`); so is all that we choos
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from jqlib.replay import Replayed
 
 KEEP_EVERY = 25  # steps
-TOGETHER = 2048  # tokens in memory at a time
+TOGETHER = 2048  # tokens, at most, in memory at a time
 BETAS, EPS = (0.9, 0.99), 1e-15  # gradients of single weights are far below Adam's usual 1e-8
 
 
@@ -35,15 +36,21 @@ class Steps:
     resume: dict[str, Tensor] | None = None
     quiet: bool = False
 
+    @property
+    def together(self) -> int:
+        """Tokens that are in memory at a time."""
+        return min(self.tokens, TOGETHER)
+
 
 def minimise_by_steps(
     knobs: dict[str, Tensor], loss_of: Callable[[Tensor], Tensor], ids: Tensor, rates: dict[str, float],
-    steps: Steps, label: str,
+    steps: Steps, label: str, within: Callable[[], AbstractContextManager] = nullcontext,
 ) -> None:  # fmt: skip
     """Adam on ``knobs``, in place; the first word of a knob's name is its kind, and ``rates`` has that kind's rate.
 
     ``loss_of``: the mean loss on pieces of the text ``ids``, (pieces, tokens), given their numbers. Rates rise over 5
-    steps and fall linearly to 0; knobs of the kind "clip" are held at 1.
+    steps and fall linearly to 0; knobs of the kind "clip" are held at 1. ``within``: a loss is made, and the way back
+    from it gone, within what it gives.
 
     Raises FloatingPointError if the loss is not finite.
     """
@@ -55,11 +62,15 @@ def minimise_by_steps(
     device = next(iter(knobs.values())).device
     together = max(1, TOGETHER // ids.shape[1])
 
+    def backward(pieces: Tensor, share: float = 1.0) -> Tensor:
+        with within():
+            loss = loss_of(pieces) * share
+            loss.backward()
+        return loss.detach()
+
     def run(pieces: Tensor) -> Tensor:
         optimiser.zero_grad()
-        loss = loss_of(pieces)
-        loss.backward()
-        return loss.detach()
+        return backward(pieces)
 
     whole = Replayed(run, device)
     shown = {"disable": True} if steps.quiet else {}  # False would overrule the user's TQDM_DISABLE
@@ -70,7 +81,7 @@ def minimise_by_steps(
                 loss = whole(pieces).item()
             else:
                 optimiser.zero_grad()
-                loss = sum(_backward(loss_of(some), len(some) / size) for some in pieces.split(together))
+                loss = sum(backward(some, len(some) / size).item() for some in pieces.split(together))
             if not math.isfinite(loss):
                 raise FloatingPointError(f"{label}: the loss turned {loss} at step {step}")
             for group in optimiser.param_groups:
@@ -82,11 +93,6 @@ def minimise_by_steps(
             bar.update()
             if steps.keep and (step + 1) % KEEP_EVERY == 0:
                 steps.keep(_state(knobs, optimiser, step + 1))
-
-
-def _backward(loss: Tensor, share: float) -> float:
-    (loss * share).backward()
-    return loss.item() * share
 
 
 def _state(knobs: dict[str, Tensor], optimiser, step: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ predictions for a loss. Scales end as float16 numbers again.
 from torch import Tensor, nn
 
 from jqlib.learn.lessons import Lessons
+from jqlib.learn.recompute import recomputing
 from jqlib.learn.rounded import RATES, learnable
 from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import family_of, norms_of
@@ -33,5 +34,5 @@ def tune(model: nn.Module, lessons: Lessons, steps: Steps = Steps()) -> None:
         with products_in(steps.dtype, model.device):
             return lessons.loss(model, pieces)
 
-    with learnable(rounded_linears(model), norms, grids) as knobs:
+    with learnable(rounded_linears(model), norms, grids) as knobs, recomputing(model, steps.together):
         minimise_by_steps(knobs, loss, lessons.ids, RATES, steps, "tuning")

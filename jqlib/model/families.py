@@ -192,3 +192,8 @@ def head_dim_of(model: nn.Module) -> int:
 
 def head_dim_in(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def rotated_sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """How large each rotation is."""
+    return {"R1": config.hidden_size, "R2, R3": head_dim_in(config), "R4": config.intermediate_size}

@@ -84,7 +84,7 @@ def folder_of(name: str) -> Path:
     if "gguf_file" in source:
         raise ValueError(f"{name} can't be read layer by layer: give a folder of safetensors files")
     path = Path(source["pretrained_model_name_or_path"])
-    return path if path.is_dir() else Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    return path if path.is_dir() else Path(snapshot_download(name, allow_patterns=["model*.safetensors", "*.json"]))
 
 
 def _check_complete(name: str, found: dict) -> None:

@@ -82,6 +82,15 @@ def block_order(n: int) -> int:
     return n
 
 
+def in_blocks(n: int) -> str:
+    """How a rotation of this size is made of Hadamard matrices: "4 blocks of 144", "whole", or "none"."""
+    try:
+        order = block_order(n)
+    except ValueError:
+        return "none"
+    return "whole" if order == n else f"{n // order} blocks of {order}"
+
+
 def _has_factors(n: int) -> bool:
     try:
         return bool(n > 1 and factors(n))
