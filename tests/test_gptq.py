@@ -96,10 +96,10 @@ def test_poor_hessians(kind):
 def test_says_that_it_damps_more_and_gives_up_with_a_name(caplog):
     H = -0.05 * torch.eye(8) + torch.diag(torch.tensor([2.0] + [0.0] * 7))  # not positive: damping must grow
     with caplog.at_level(logging.WARNING):
-        _inverse_cholesky(H, "layers.3.q_proj")
+        _inverse_cholesky(H, torch.arange(len(H)), "layers.3.q_proj")
     assert "layers.3.q_proj: damping 0.01 is too small" in caplog.text
     with pytest.raises(FloatingPointError, match=r"layers.3.q_proj: its Hessian has no Cholesky factor"):
-        _inverse_cholesky(torch.full((4, 4), torch.nan), "layers.3.q_proj")
+        _inverse_cholesky(torch.full((4, 4), torch.nan), torch.arange(4), "layers.3.q_proj")
 
 
 @torch.inference_mode()

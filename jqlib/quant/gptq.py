@@ -84,7 +84,7 @@ def gptq(
     weight, hessian = weight.float(), hessian.float()
     scales = weight_scales(weight, bits, groupsize, hessian.diagonal())
     order = hessian.diagonal().argsort(descending=True)
-    inverse = _inverse_cholesky(hessian[order][:, order], name)
+    inverse = _inverse_cholesky(hessian, order, name)
     columns, grid = (x[:, order].T.contiguous() for x in (weight, spread(scales, groupsize, weight)))
     rounded, aim = torch.empty_like(weight), torch.empty_like(weight)
     rounded[:, order] = _columns(columns, grid, inverse, bits).T
@@ -146,22 +146,24 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _inverse_cholesky(hessian: Tensor, name: str) -> Tensor:
-    """Upper U with (H + damping)⁻¹ = UᵀU; the damping grows until it exists. Inputs never seen count as unrelated.
+def _inverse_cholesky(hessian: Tensor, order: Tensor, name: str) -> Tensor:
+    """Upper U with (H + damping)⁻¹ = UᵀU, H's rows and columns in ``order``; the damping grows until it exists.
 
-    With the order of rows and columns reversed, H = LLᵀ is a product UUᵀ of upper factors: its inverse is U's.
+    Inputs never seen count as unrelated. In the reverse order H = LLᵀ is a product UUᵀ of upper factors: its inverse is
+    U's. No more than two matrices are in float64 at a time: at 8192 channels each takes half a gigabyte.
     """
-    H = hessian.flip(0, 1).double()
+    H = hessian[order.flip(0)][:, order.flip(0)].double()
     diagonal = H.diagonal().clone()
     mean = diagonal.mean().clamp(min=1e-30)
     for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
         H.diagonal().copy_(diagonal + damping * mean)
         lower, failed = torch.linalg.cholesky_ex(H)
         if not failed:
-            del H  # at 8192 channels each of these takes half a gigabyte
-            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+            del H
+            inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device).mT  # as LAPACK has it: no copy
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            return inverse.flip(0, 1).float().contiguous()
+            del lower
+            return inverse.float().flip(0, 1).contiguous()
         log.warning("%s: damping %g is too small for its Hessian, trying more", name, damping)
     raise FloatingPointError(f"{name}: its Hessian has no Cholesky factor even with damping {damping:g}: are the "
                              "calibration activations finite?")  # fmt: skip
