@@ -45,7 +45,7 @@ def test_costs_that_grow_evenly_are_extrapolated_exactly(config, monkeypatch):
     assert "peak_gpu_bytes" not in found
 
 
-@pytest.mark.parametrize("recipe", ["jointquant-best", "quarot", "rtn"])
+@pytest.mark.parametrize("recipe", ["jointquant-best", "rtn"])
 def test_stages_are_those_of_a_run(config, recipe):
     small = replace(config, refine_steps=2, nsamples=2, eval_windows=2, dtype="float32")
     row = pipeline.evaluation_step(small, pipeline.recipe_of(small, recipe), 4, 4, {})

@@ -16,7 +16,7 @@ from jqlib.model.intervals import Interval, mean_interval
 from jqlib.model.walk import walk
 from jqlib.precision import products_in
 
-ROWS = 256  # tokens whose logits are turned into probabilities at a time
+LOGITS = 2**24  # numbers: of so many tokens at a time as have them
 
 
 class Perplexity(float):
@@ -142,8 +142,9 @@ def read_window(model: nn.Module, window: Tensor, reference: Reference | None = 
 def _read(head: nn.Module, hidden: Tensor, window: Tensor, reference: Reference | None) -> tuple[float, float, float]:
     """`read_window`, of what the head reads, (seqlen, hidden)."""
     sums, count = torch.zeros(3, dtype=torch.double), len(window) - 1
-    for at in range(0, count, ROWS):
-        rows = slice(at, min(at + ROWS, count))
+    size = max(1, LOGITS // len(head.weight))
+    for at in range(0, count, size):
+        rows = slice(at, min(at + size, count))
         logits, labels = head(hidden[rows]), window[1:][rows]
         sums[0] += _nll(logits, labels).double().sum().cpu()
         if reference:
