@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import os
 import re
 import sys
 from pathlib import Path
@@ -42,8 +43,10 @@ def release() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What can still be had on a device."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    """What can still be had on a device, and no more than JOINTQUANT_MEMORY says (bytes)."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + kept
+    else:
+        free = psutil.virtual_memory().available
+    return int(min(free, float(os.environ.get("JOINTQUANT_MEMORY", free))))

@@ -16,12 +16,17 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
+from jqlib import pipeline
 from jqlib.config import Config
+from jqlib.inputs import dtype_of, evaluation_windows
 from jqlib.memory import free_bytes
+from jqlib.model.load import get_tokenizer, load_config
+from jqlib.model.walk import tokens_at_once
 
 LAYERS = 1, 3
-LITTLE = {"nsamples": 4, "eval_windows": 4, "refine_steps": 8}  # at most, of the larger amount; the smaller is 1
+STEPS = 1, 8
 UNIT = {"fp_hidden": "eval_windows", "evaluation": "eval_windows"} | dict.fromkeys(
     ("lessons", "r1_output", "transforms", "weights", "tuned"), "refine_steps"
 )  # what a stage's text is counted in; else in "nsamples", as where weights are not learned
@@ -46,36 +51,41 @@ def describe(config: Config) -> str:
 def measured(config: Config, recipe: str) -> pd.DataFrame:
     """Seconds, and peaks of memory (bytes), of every stage of a recipe's row on the whole model, by stage.
 
-    Raises RuntimeError if a small run fails, with what it said.
+    Raises ValueError if a small run fails, with what it said.
     """
-    from jqlib.inputs import dtype_of, evaluation_windows
-    from jqlib.model.load import get_tokenizer, load_config
-    from jqlib.pipeline import recipe_of
-
-    learns = recipe_of(config, recipe).layerwise and config.refine_steps > 0
-    unit = UNIT if learns else UNIT | {"weights": "nsamples"}
-    default, shape = get_tokenizer(config.model).default_dataset, load_config(config.model)
-    whole = {name: getattr(config, name) for name in LITTLE} | {"eval_windows": len(evaluation_windows(config).ids)}
-    least = -(-config.max_tokens // config.seqlen)  # windows that hold what the solvers see
-    few = {"nsamples": min(least, config.nsamples), "eval_windows": 1, "refine_steps": min(1, config.refine_steps)}
-    more = {name: min(whole[name], few[name] + LITTLE[name] - 1) for name in LITTLE}
-    texts = {name: getattr(config, name) or default for name in ("calib_dataset", "eval_dataset")}
-    small = replace(config, dtype=str(dtype_of(config)).removeprefix("torch."), **texts)
-    layers = [min(count, shape.num_hidden_layers) for count in LAYERS]
-    runs = [(count, text) for text in (few, more) for count in layers]
-    a, b, c, d = (_tried(replace(small, **text), recipe, count) for count, text in tqdm(runs, "trying", unit="run"))
-
-    rows = {}
-    for stage in d:
+    layers, (whole, few, more) = load_config(config.model).num_hidden_layers, _amounts(config)
+    small = [min(count, layers) for count in LAYERS]
+    free = free_bytes(torch.device(config.device)) / layers  # for each: where memory is short, it is here too
+    runs = [(replace(_apart(config), **text), recipe, count, free * count) for text in (few, more) for count in small]
+    corners = [_tried(*run) for run in tqdm(runs, "trying", unit="run")]
+    learns = pipeline.recipe_of(config, recipe).layerwise and config.refine_steps > 0
+    unit, rows = UNIT if learns else UNIT | {"weights": "nsamples"}, {}
+    for stage, largest in corners[-1].items():
         name = unit.get(stage, "nsamples")
-        text = _share(whole[name], few[name], more[name])
-        depth = _share(shape.num_hidden_layers, *layers)
-        rows[stage] = {
-            cost: max(_line(_line(a[stage][cost], b[stage][cost], depth), _line(c[stage][cost], d[stage][cost], depth),
-                            text), d[stage][cost])
-            for cost in COSTS if d[stage][cost] is not None
-        }  # fmt: skip
+        deep, long = _share(layers, *small), _share(whole[name], few[name], more[name])
+        for cost in (cost for cost in COSTS if largest[cost] is not None):
+            a, b, c, d = (corner[stage][cost] for corner in corners)
+            found = _line(_line(a, b, deep), _line(c, d, deep), long)
+            rows.setdefault(stage, {})[cost] = max(found, largest[cost])
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _amounts(config: Config) -> list[dict[str, int]]:
+    """Windows and steps of the run, and of the small runs, fewer and more."""
+    whole = {"nsamples": config.nsamples, "eval_windows": len(evaluation_windows(config).ids)}
+    whole["refine_steps"] = config.refine_steps
+    together = tokens_at_once(config.device)  # on fewer, time and memory are not in proportion
+    few = {"nsamples": -(-max(together, config.max_tokens) // config.seqlen)}
+    few |= {"eval_windows": -(-together // config.eval_seqlen), "refine_steps": STEPS[0]}
+    more = {name: 2 * count for name, count in few.items()} | {"refine_steps": STEPS[1]}
+    return [whole, *({name: min(count, whole[name]) for name, count in text.items()} for text in (few, more))]
+
+
+def _apart(config: Config) -> Config:
+    """Settings that do not depend on the model's name."""
+    default, dtype = get_tokenizer(config.model).default_dataset, str(dtype_of(config)).removeprefix("torch.")
+    texts = {name: getattr(config, name) or default for name in ("calib_dataset", "eval_dataset")}
+    return replace(config, dtype=dtype, **texts)
 
 
 def _share(whole: float, low: float, high: float) -> float:
@@ -87,20 +97,19 @@ def _line(low: float, high: float, at: float) -> float:
     return low + (high - low) * at
 
 
-def _tried(config: Config, recipe: str, layers: int) -> dict[str, dict]:
-    """What the stages took in a process that has a model of so many layers, by stage."""
+def _tried(config: Config, recipe: str, layers: int, free: float) -> dict[str, dict]:
+    """What the stages took in a process that has a model of so many layers, and so many bytes, by stage."""
     command = [sys.executable, "-m", __name__, json.dumps([asdict(config), recipe, layers])]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    environment = os.environ | {"TQDM_DISABLE": "1", "JOINTQUANT_MEMORY": str(free)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"nothing (exit status {done.returncode}: out of memory?)"
-        raise RuntimeError(f"{recipe} can't be tried on {layers} layers of {config.model}: it said {said}")
+        raise ValueError(f"{recipe} can't be tried on {layers} layers of {config.model}: it said {said}")
     return json.loads(done.stdout.strip().rpartition("\n")[2])
 
 
 def _try(config: Config, recipe: str, layers: int) -> dict[str, dict]:
     """The row, with nothing to reuse, on a random model."""
-    from jqlib import pipeline
-
     with TemporaryDirectory() as folder:
         _save_random(config, layers, Path(folder) / "model")
         small = replace(config, model=str(Path(folder) / "model"), output_dir=folder)
@@ -111,10 +120,6 @@ def _try(config: Config, recipe: str, layers: int) -> dict[str, dict]:
 
 
 def _save_random(config: Config, layers: int, to: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from jqlib.model.load import get_tokenizer, load_config
-
     shape = deepcopy(whole := load_config(config.model))
     for name, values in vars(whole).items():
         if isinstance(values, list) and len(values) == whole.num_hidden_layers:
