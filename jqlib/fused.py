@@ -23,16 +23,18 @@ def fused(function: Callable) -> Callable:
     @wraps(function)
     def run(x: Tensor, *more):
         nonlocal compiled, fails
-        x = x.detach()  # a parameter would be compiled for its own shape alone
+        # a parameter would be compiled for its own shape alone
+        x, *more = (part.detach() if isinstance(part, Tensor) else part for part in (x, *more))
         if fails or x.numel() < LARGE or x.device.type != "cpu":
             return function(x, *more)
         try:
-            if compiled is None:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch's own, about itself
-                    compiled = torch.compile(function, dynamic=True)
-                    return compiled(x, *more)  # it is compiled now
-            return compiled(x, *more)
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):  # or it is compiled for each state of these
+                if compiled is None:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # torch's own, about itself
+                        compiled = torch.compile(function, dynamic=True)
+                        return compiled(x, *more)  # it is compiled now
+                return compiled(x, *more)
         except Exception as error:  # torch names no type for what its compilers may raise
             fails = True
             log.info("%s runs as it is written: torch.compile said %s", function.__name__, str(error).split("\n")[0])

@@ -34,6 +34,18 @@ def test_parameters_of_other_shapes_are_not_compiled_anew():
     assert counters["stats"]["unique_graphs"] == before > 0
 
 
+def test_it_is_compiled_once_with_autocast_and_without_with_gradients_and_without():
+    times = fused(lambda x, y: x * y)
+    x, y = torch.ones(4, LARGE), torch.nn.Parameter(torch.ones(4, LARGE))
+    times(x, y)
+    before = counters["stats"]["unique_graphs"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert times(x, y).dtype == torch.float32
+        with torch.no_grad():
+            times(y, x)
+    assert counters["stats"]["unique_graphs"] == before > 0
+
+
 def test_where_nothing_compiles_it_runs_as_it_is_written(monkeypatch, caplog):
     def fail(*_, **__):
         raise RuntimeError("no compiler")
