@@ -90,14 +90,14 @@ def test_imports_have_no_circle():
             arrows.pop(leaf)
 
 
-FLOORS = ("choices", "fused", "replay", "precision", "model", "transform", "quant", "learn", "inputs", "calibration",
+FLOORS = ("choices", "memory", "fused", "replay", "precision", "model", "transform", "quant", "learn", "inputs", "calibration",
           "pipeline", "lab", "__main__")  # fmt: skip
-BESIDE = {"recipes": {"choices"}, "config": {"choices", "recipes"}, "code": set(), "memory": set(),
+BESIDE = {"recipes": {"choices"}, "config": {"choices", "recipes"}, "code": set(),
           "store": {"config", "memory"}}  # fmt: skip
 
 
 def test_the_arrows_of_the_house():
-    """Every floor uses what lies below it; settings, recipes, code, memory and store know nothing of the method."""
+    """Every floor uses what lies below it; settings, recipes, code and store know nothing of the method."""
     for name, uses in imports().items():
         room = name.split(".")[0]
         if room in BESIDE:
