@@ -29,8 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     info_parser.add_argument("model", help=HELP["model"])
     info_parser.add_argument("--measure", action="store_true", help="what a row of --recipe will take, stage by stage: "
                              "it is tried here on random models of the same widths, a few layers")  # fmt: skip
-    for name in KINDS.keys() - {"model"}:
-        _add_flag(info_parser, name)
+    for name in KINDS:
+        if name != "model":
+            _add_flag(info_parser, name)
     study_parser = commands.add_parser("study", help="what takes hours on the embedded model: figures/study.json")
     study_parser.add_argument("--minutes", type=float, help="begin no row after so many minutes (all rows)")
     study_parser.add_argument("--device", default=Config.device, help=HELP["device"])
@@ -60,11 +61,13 @@ def _given(arguments: argparse.Namespace) -> dict:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from jqlib.lab import info, trial
+    from jqlib.lab import info
 
     config = make_config(_given(arguments))
     print(info.describe(config))
     if arguments.measure:
+        from jqlib.lab import trial
+
         print(trial.describe(config))
     return 0
 

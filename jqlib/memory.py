@@ -1,7 +1,6 @@
-"""Memory: the most that is held while something runs, what is free, and giving back what nothing uses."""
+"""Memory: the most that is held while something runs, what is free, and giving back what was freed."""
 
 import ctypes
-import gc
 import os
 import re
 import sys
@@ -36,8 +35,7 @@ class PeakMemory:
 
 
 def release() -> None:
-    """Give back what nothing uses: objects that refer to each other, and what the C library keeps of freed memory."""
-    gc.collect()
+    """Give back what the C library keeps of freed memory."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 

@@ -90,7 +90,7 @@ def test_imports_have_no_circle():
             arrows.pop(leaf)
 
 
-FLOORS = ("choices", "memory", "fused", "replay", "precision", "model", "transform", "quant", "learn", "inputs",
+FLOORS = ("memory", "choices", "fused", "replay", "precision", "model", "transform", "quant", "learn", "inputs",
           "calibration", "pipeline", "lab", "__main__")  # fmt: skip
 BESIDE = {"recipes": {"choices"}, "config": {"choices", "recipes"}, "code": set(),
           "store": {"config", "memory"}}  # fmt: skip

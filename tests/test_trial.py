@@ -1,6 +1,7 @@
 """What a row will take: exact where costs grow evenly, tried on models of the real kind, by the stages of a run."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,8 +31,10 @@ def config(tmp_path, tiny_tokenizer):
 
 def test_costs_that_grow_evenly_are_extrapolated_exactly(config, monkeypatch):
     text = {"activations": "nsamples", "weights": "refine_steps", "evaluation": "eval_windows"}
+    Path(config.eval_dataset).write_text("The quick brown fox jumps over the lazy dog. " * 1000)
+    config = replace(config, recipe="jointquant-best", seqlen=1024, eval_seqlen=1024)  # more than the small runs have
 
-    def cost(config, recipe, layers: int, free: float = 0) -> dict:
+    def cost(config, layers: int, free: float = 0) -> dict:
         amounts = {stage: getattr(config, name) for stage, name in text.items()}
         seconds = {stage: 3 + 5 * layers + 7 * n + 0.5 * layers * n for stage, n in amounts.items()}
         return {
@@ -39,7 +42,7 @@ def test_costs_that_grow_evenly_are_extrapolated_exactly(config, monkeypatch):
         }
 
     monkeypatch.setattr(trial, "_tried", cost)
-    found, whole = trial.measured(config, "jointquant-best"), cost(config, None, 5)
+    found, whole = trial.measured(config), cost(config, 5)
     assert found["seconds"].to_dict() == pytest.approx({stage: whole[stage]["seconds"] for stage in text})
     assert found["peak_rss_bytes"].to_dict() == pytest.approx({stage: whole[stage]["peak_rss_bytes"] for stage in text})
     assert "peak_gpu_bytes" not in found
@@ -47,10 +50,10 @@ def test_costs_that_grow_evenly_are_extrapolated_exactly(config, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["jointquant-best", "rtn"])
 def test_stages_are_those_of_a_run(config, recipe):
-    small = replace(config, refine_steps=2, nsamples=2, eval_windows=2, dtype="float32")
-    row = pipeline.evaluation_step(small, pipeline.recipe_of(small, recipe), 4, 4, {})
+    small = replace(config, recipe=recipe, refine_steps=2, nsamples=2, eval_windows=2, dtype="float32")
+    row = pipeline.evaluation_step(small, pipeline.recipe_of(small), 4, 4, {})
     took = {name.rpartition("-")[0] for name in row.get()[1]["took"]} | {"evaluation"}
-    assert trial._try(small, recipe, 1).keys() == took
+    assert trial._try(small, 1).keys() == took
     assert took <= trial.UNIT.keys() | {"activations", "smooth", "r1", "r2"}
 
 
@@ -66,11 +69,11 @@ def test_the_small_model_is_of_the_same_kind(config, tmp_path):
 def test_a_run_that_fails_is_told(config, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "")
     with pytest.raises(ValueError, match=r"quarot can't be tried on 1 layers of .*: it said ValueError: .*tokens"):
-        trial._tried(replace(config, dtype="float32", seqlen=10**6, max_tokens=1), "quarot", 1, 1e9)
+        trial._tried(replace(config, dtype="float32", recipe="quarot", seqlen=10**6, max_tokens=1), 1, 1e9)
 
 
 def test_memory_that_is_short_is_told(config, monkeypatch, capsys):
-    def cost(config, recipe, layers: int, free: float = 0) -> dict:
+    def cost(config, layers: int, free: float = 0) -> dict:
         costs = {"seconds": 60.0, "peak_rss_bytes": 1e9, "peak_gpu_bytes": None}
         return {"tuned": costs | {"peak_rss_bytes": 8e9 * layers}, "evaluation": costs}
 

@@ -89,8 +89,8 @@ def _short(linears: dict[str, nn.Linear]) -> str:
 
 def _rotation(name: str, size: int) -> str:
     try:
-        blocks = "" if in_blocks(size) == "whole" else f"{in_blocks(size)} = "
-        return f"{name:6s} {size:6d} = {blocks}{' · '.join(map(str, factors(block_order(size))))}"
+        made, parts = in_blocks(size), " · ".join(map(str, factors(block_order(size))))
+        return f"{name:6s} {size:6d} = {'' if made == 'whole' else f'{made} = '}{parts}"
     except ValueError as error:
         return f"{name:6s} {size:6d}: {error}"
 

@@ -22,6 +22,7 @@ from jqlib import pipeline
 from jqlib.config import Config
 from jqlib.inputs import dtype_of, evaluation_windows
 from jqlib.memory import free_bytes
+from jqlib.model.families import by_layer
 from jqlib.model.load import get_tokenizer, load_config
 from jqlib.model.walk import tokens_at_once
 
@@ -35,7 +36,7 @@ COSTS = {"seconds": ("seconds", 1), "peak_rss_bytes": ("GB", 1e9), "peak_gpu_byt
 
 def describe(config: Config) -> str:
     """`measured` of the run's recipe as text, and whether this machine has the memory."""
-    costs = measured(config, config.recipe)
+    costs = measured(config)
     memory = "peak_gpu_bytes" if "peak_gpu_bytes" in costs else "peak_rss_bytes"
     free, largest, peak = free_bytes(torch.device(config.device)), costs[memory].idxmax(), costs[memory].max()
     table = pd.DataFrame({told: costs[name] / unit for name, (told, unit) in COSTS.items() if name in costs})
@@ -48,17 +49,18 @@ def describe(config: Config) -> str:
     ])  # fmt: skip
 
 
-def measured(config: Config, recipe: str) -> pd.DataFrame:
-    """Seconds, and peaks of memory (bytes), of every stage of a recipe's row on the whole model, by stage.
+def measured(config: Config) -> pd.DataFrame:
+    """Seconds, and peaks of memory (bytes), of every stage of the run's recipe on the whole model, by stage.
 
     Raises ValueError if a small run fails, with what it said.
     """
     layers, (whole, few, more) = load_config(config.model).num_hidden_layers, _amounts(config)
     small = [min(count, layers) for count in LAYERS]
     free = free_bytes(torch.device(config.device)) / layers  # for each: where memory is short, it is here too
-    runs = [(replace(_apart(config), **text), recipe, count, free * count) for text in (few, more) for count in small]
+    apart = _apart(config)
+    runs = [(replace(apart, **text), count, free * count) for text in (few, more) for count in small]
     corners = [_tried(*run) for run in tqdm(runs, "trying", unit="run")]
-    learns = pipeline.recipe_of(config, recipe).layerwise and config.refine_steps > 0
+    learns = pipeline.recipe_of(config).layerwise and config.refine_steps > 0
     unit, rows = UNIT if learns else UNIT | {"weights": "nsamples"}, {}
     for stage, largest in corners[-1].items():
         name = unit.get(stage, "nsamples")
@@ -97,38 +99,37 @@ def _line(low: float, high: float, at: float) -> float:
     return low + (high - low) * at
 
 
-def _tried(config: Config, recipe: str, layers: int, free: float) -> dict[str, dict]:
+def _tried(config: Config, layers: int, free: float) -> dict[str, dict]:
     """What the stages took in a process that has a model of so many layers, and so many bytes, by stage."""
-    command = [sys.executable, "-m", __name__, json.dumps([asdict(config), recipe, layers])]
+    command = [sys.executable, "-m", __name__, json.dumps([asdict(config), layers])]
     environment = os.environ | {"TQDM_DISABLE": "1", "JOINTQUANT_MEMORY": str(free)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         said = done.stderr.strip().rpartition("\n")[2] or f"nothing (exit status {done.returncode}: out of memory?)"
-        raise ValueError(f"{recipe} can't be tried on {layers} layers of {config.model}: it said {said}")
+        raise ValueError(f"{config.recipe} can't be tried on {layers} layers of {config.model}: it said {said}")
     return json.loads(done.stdout.strip().rpartition("\n")[2])
 
 
-def _try(config: Config, recipe: str, layers: int) -> dict[str, dict]:
+def _try(config: Config, layers: int) -> dict[str, dict]:
     """The row, with nothing to reuse, on a random model."""
     with TemporaryDirectory() as folder:
         _save_random(config, layers, Path(folder) / "model")
         small = replace(config, model=str(Path(folder) / "model"), output_dir=folder)
-        row = pipeline.evaluation_step(small, pipeline.recipe_of(small, recipe), config.w_bits, config.a_bits, {})
+        row = pipeline.evaluation_step(small, pipeline.recipe_of(small), config.w_bits, config.a_bits, {})
         values = row.get()[1]
     took = {name.rpartition("-")[0]: cost for name, cost in values["took"].items()}
     return took | {"evaluation": {cost: values[cost] for cost in COSTS}}
 
 
 def _save_random(config: Config, layers: int, to: Path) -> None:
-    shape = deepcopy(whole := load_config(config.model))
-    for name, values in vars(whole).items():
-        if isinstance(values, list) and len(values) == whole.num_hidden_layers:
-            setattr(shape, name, values[:layers])
+    shape = deepcopy(load_config(config.model))
+    for name, values in by_layer(shape).items():
+        setattr(shape, name, values[:layers])
     shape.num_hidden_layers = layers
     AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype)).save_pretrained(to)
     get_tokenizer(config.model).save_pretrained(to)
 
 
 if __name__ == "__main__":
-    settings, *rest = json.loads(sys.argv[1])
-    print(json.dumps(_try(Config(**settings), *rest)))
+    settings, count = json.loads(sys.argv[1])
+    print(json.dumps(_try(Config(**settings), count)))

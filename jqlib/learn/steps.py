@@ -60,7 +60,7 @@ def minimise_by_steps(
     size = max(1, steps.tokens // ids.shape[1])
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(steps.seed))
     device = next(iter(knobs.values())).device
-    together = max(1, TOGETHER // ids.shape[1])
+    together = max(1, steps.together // ids.shape[1])
 
     def backward(pieces: Tensor, share: float = 1.0) -> Tensor:
         with within():

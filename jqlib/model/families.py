@@ -194,6 +194,11 @@ def head_dim_in(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def by_layer(config: PreTrainedConfig) -> dict[str, list]:
+    """What a config says of every layer apart, such as its kind of attention."""
+    return {name: v for name, v in vars(config).items() if isinstance(v, list) and len(v) == config.num_hidden_layers}
+
+
 def rotated_sizes(config: PreTrainedConfig) -> dict[str, int]:
     """How large each rotation is."""
     return {"R1": config.hidden_size, "R2, R3": head_dim_in(config), "R4": config.intermediate_size}

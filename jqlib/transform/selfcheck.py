@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from jqlib.model.families import head_dim_in, head_dim_of, sites_of, split
+from jqlib.model.families import by_layer, head_dim_in, head_dim_of, sites_of, split
 from jqlib.transform.hadamard import random_hadamard
 from jqlib.transform.install import install_left
 from jqlib.transform.merge import gamma_of, merge
@@ -74,8 +74,8 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     groups = min(8, config.num_attention_heads // config.num_key_value_heads)
     kv = min(2, config.num_key_value_heads)
     odd = head_dim_in(config) * config.num_attention_heads != config.hidden_size
-    by_layer = {name: v for name, v in vars(config).items() if isinstance(v, list) and len(v) == layers}
-    kinds = [tuple(values[i] for values in by_layer.values()) for i in range(layers)]
+    apart = by_layer(config)
+    kinds = [tuple(values[i] for values in apart.values()) for i in range(layers)]
     second = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), layers - 1)
     sizes = {
         "num_hidden_layers": 2, "num_attention_heads": kv * groups, "num_key_value_heads": kv, "head_dim": HEAD_DIM,
@@ -84,7 +84,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "pad_token_id": None, "bos_token_id": None,
         "eos_token_id": None, "max_window_layers": 1, "quantization_config": None,
     }  # fmt: skip
-    for name, value in (sizes | {name: [values[0], values[second]] for name, values in by_layer.items()}).items():
+    for name, value in (sizes | {name: [values[0], values[second]] for name, values in apart.items()}).items():
         if getattr(config, name, None) is not None:
             setattr(small, name, value)
     return small
