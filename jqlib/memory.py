@@ -47,4 +47,8 @@ def free_bytes(device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0] + kept
     else:
         free = psutil.virtual_memory().available
-    return int(min(free, float(os.environ.get("JOINTQUANT_MEMORY", free))))
+    allowed = os.environ.get("JOINTQUANT_MEMORY", free)
+    try:
+        return int(min(free, float(allowed)))
+    except ValueError as error:
+        raise ValueError(f"JOINTQUANT_MEMORY={allowed!r}: expected a number of bytes, such as 8e9") from error

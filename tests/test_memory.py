@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from jqlib.memory import STATUS, PeakMemory
+from jqlib.memory import STATUS, PeakMemory, free_bytes
 
 MEGABYTES = 200
 
@@ -30,3 +30,11 @@ def test_a_peak_is_seen_and_the_next_one_does_not_inherit_it():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_its_peak_is_not_known():
     assert PeakMemory().measured()["peak_gpu_bytes"] is None
+
+
+def test_what_is_free_can_be_bounded(monkeypatch):
+    monkeypatch.setenv("JOINTQUANT_MEMORY", "1e6")
+    assert free_bytes(torch.device("cpu")) == 10**6
+    monkeypatch.setenv("JOINTQUANT_MEMORY", "8GB")
+    with pytest.raises(ValueError, match="JOINTQUANT_MEMORY='8GB': expected a number of bytes, such as 8e9"):
+        free_bytes(torch.device("cpu"))

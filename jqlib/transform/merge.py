@@ -10,7 +10,7 @@ from jqlib.model.families import family_of, layers_of, norms_of, sites_of
 from jqlib.model.stream import change
 from jqlib.transform.transform import Rotation, Transform
 
-ROWS = 16_384  # rows of an embedding merged at a time: float64 copies stay small
+ROWS = 4096  # rows of an embedding merged at a time: float64 copies stay small
 Side = Callable[[Tensor], Tensor]
 
 
