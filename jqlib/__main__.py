@@ -1,4 +1,4 @@
-"""``python -m jqlib``: ``run`` the six notebooks, ``sweep``, ``study``, ``info``, ``report``, ``clean``."""
+"""``python -m jqlib``: ``run`` the six notebooks, ``sweep``, ``export``, ``study``, ``info``, ``report``, ``clean``."""
 
 import argparse
 import sys
@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jqlib.config import CHOICES, HELP, KINDS, Config, make_config, output_folder
+from jqlib.export.can import FORMS
 from jqlib.lab.run import check_inputs, read_run_file, run, select_notebooks, with_absolute_paths
 
 # what check_inputs and the estimate of memory depend on
@@ -32,6 +33,16 @@ def main(argv: list[str] | None = None) -> int:
     for name in KINDS:
         if name != "model":
             _add_flag(info_parser, name)
+    export_parser = commands.add_parser(
+        "export", help="write a recipe's model as a folder that other programs load", allow_abbrev=False
+    )
+    export_parser.add_argument("-f", "--file", type=Path, help="run file: YAML with any of the parameters below")
+    forms = "hf: rotated FP model; gguf: llama.cpp; compressed-tensors: transformers, vLLM; jointquant: all of it"
+    export_parser.add_argument("--format", required=True, choices=FORMS, help=forms)
+    export_parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="a new folder")
+    export_parser.add_argument("--overwrite", action="store_true", help="FOLDER may be an earlier export")
+    for name in KINDS:
+        _add_flag(export_parser, name)
     study_parser = commands.add_parser("study", help="what takes hours on the embedded model: figures/study.json")
     study_parser.add_argument("--minutes", type=float, help="begin no row after so many minutes (all rows)")
     study_parser.add_argument("--device", default=Config.device, help=HELP["device"])
@@ -53,6 +64,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     return run({**read_run_file(arguments.file), **_given(arguments)}, arguments.only)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from jqlib.export.export import export
+
+    config = make_config({**read_run_file(arguments.file), **_given(arguments)})
+    print(export(config, arguments.format, arguments.to, overwrite=arguments.overwrite))
+    return 0
 
 
 def _given(arguments: argparse.Namespace) -> dict:
@@ -160,7 +179,8 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-COMMANDS = {"run": _run, "sweep": _sweep, "info": _info, "study": _study, "report": _report, "clean": _clean}
+COMMANDS = {"run": _run, "sweep": _sweep, "export": _export, "info": _info, "study": _study, "report": _report,
+            "clean": _clean}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

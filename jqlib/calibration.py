@@ -151,7 +151,7 @@ def transforms_step(config: Config, recipe: Recipe) -> Artifact:
         parts["smooth"] = smooth_step(config, recipe.smooth, recipe.measure)
     if recipe.r1:
         by_loss = recipe.r1 == "output"
-        parts["r1"] = r1_output_step(config, recipe.a_clip) if by_loss else r1_step(config, recipe.r1)
+        parts["r1"] = r1_output_step(config, recipe.a_clip or 1.0) if by_loss else r1_step(config, recipe.r1)
     if recipe.r2:  # per layer by nature: greedy is the joint solver
         parts["r2"] = r2_step(config, "mm" if recipe.r2 == "greedy" else recipe.r2, parts.get("smooth"))
 
@@ -162,8 +162,9 @@ def transforms_step(config: Config, recipe: Recipe) -> Artifact:
         tensors = {part: made[0] for part, made in zip(parts, found, strict=True)}
         model, gains = load_model(s), dict(tensors.get("r1", {}))
         R1, d = gains.pop("R1", None), head_dim_of(model)
+        bits, clip = s.a_bits if refines else OFF, recipe.a_clip or 1.0
         grids = {
-            name: Grid(s.a_bits if refines else OFF, recipe.a_clip, d if p.kind == "o" and recipe.o_per_head else None)
+            name: Grid(bits, clip, d if p.kind == "o" and recipe.o_per_head else None)
             for name, p in sites_of(model).items()
         }
         scales, R2 = tensors.get("smooth"), tensors.get("r2")

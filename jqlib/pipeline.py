@@ -58,13 +58,13 @@ __all__ = [
 
 
 def recipe_of(config: Config, name: str | None = None) -> Recipe:
-    """The named recipe (default: the run's own); JointQuant takes its solver and smoothing from the run.
+    """The named recipe (default: the run's own); JointQuant's take their solver and smoothing from the run.
 
     R1 by ``"output"`` needs steps by the loss: without any (``refine_steps=0``) the solver finds it.
     """
     name = name or config.recipe
     recipe = RECIPES[name]
-    if name.startswith("jointquant"):
+    if recipe.r2 == "mm":
         by_loss = recipe.r1 == "output" and config.refine_steps
         recipe = replace(recipe, r1="output" if by_loss else recipe.r1 and config.solver, r2=config.solver)
     if name in SMOOTHED_BY_CHOICE and not config.use_smooth:
@@ -72,9 +72,18 @@ def recipe_of(config: Config, name: str | None = None) -> Recipe:
     return recipe
 
 
+def settled(config: Config, recipe: Recipe | None) -> Config:
+    """The settings, with what the recipe has of its own."""
+    own = {name: getattr(recipe, name, None) for name in ("w_groupsize", "a_bits")}
+    return replace(config, **{name: value for name, value in own.items() if value})
+
+
 def transformed(config: Config, recipe: Recipe | None):
     """A fresh model, smoothed and rotated by the recipe (None: as it is), which still computes what it did before."""
-    return load_model(config) if recipe is None else _built(config, transforms_step(config, recipe).get())[0]
+    if recipe is None:
+        return load_model(config)
+    config = settled(config, recipe)
+    return _built(config, transforms_step(config, recipe).get())[0]
 
 
 def _built(s, made: Made, a_bits: int = OFF, weights: Made | None = None) -> tuple[nn.Module, dict[str, Grid]]:
@@ -95,13 +104,14 @@ def weights_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Ar
     """The rounded weights: integer codes and scales; learned layer by layer, the norms' gains and the clips too."""
     kind = recipe.weights or config.weights
     learns = recipe.layerwise and config.refine_steps > 0
-    inputs_as = recipe.gptq_inputs if kind == "gptq" and a_bits < OFF else "fp"
+    inputs_as, clips = recipe.gptq_inputs if kind == "gptq" and a_bits < OFF else "fp", recipe.a_clip is not None
 
     def make(s, found: Made, *, resume, keep) -> Made:
         model, grids = _built(s, found, a_bits)
         if learns:
             pieces = cut(text_for(s, s.refine_steps * s.step_tokens))
-            round_layer_by_layer(model, pieces, w_bits, s.w_groupsize, grids, steps_of(s, 2, keep=keep, resume=resume))
+            steps = steps_of(s, 2, keep=keep, resume=resume)
+            round_layer_by_layer(model, pieces, w_bits, s.w_groupsize, grids, steps, clips=clips)
             return pack_weights(model) | vectors_of(model), {}
         calib_data = load_calibration(s) if kind == "gptq" else None
         round_weights(model, w_bits, s.w_groupsize, kind, calib_data, inputs_as, grids)
@@ -109,12 +119,13 @@ def weights_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Ar
 
     names = (*(LESSONS if learns else (*MODEL, *(TEXT if kind == "gptq" else ()))), "w_groupsize")
     does = {"weights": kind, "w_bits": w_bits, "a_bits": a_bits if learns or inputs_as != "fp" else OFF}
-    does |= {"layerwise": True} if learns else {"gptq_inputs": inputs_as}
+    does |= {"layerwise": True, "clips": clips} if learns else {"gptq_inputs": inputs_as}
     return artifact_of(weights_step, config, names, make, transforms_step(config, recipe), resumable=True, **does)
 
 
-def _quantised(s, found: Made, weights: Made | None, tuned: Made | None, w_bits: int, a_bits: int, kv_bits: int):
-    """The model of a row of the table."""
+def _quantised(s, found: list[Made], w_bits: int, a_bits: int, kv_bits: int) -> nn.Module:
+    """The model of a row of the table, of its transforms, its rounded weights and what tuning moved, if any."""
+    found, weights, tuned = (*found, None, None)[:3]
     model, grids = _built(s, found, a_bits, weights)
     round_inputs(model, grids)
     if kv_bits < OFF:
@@ -127,32 +138,42 @@ def _quantised(s, found: Made, weights: Made | None, tuned: Made | None, w_bits:
 
 def tuned_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Artifact:
     """What tuning moves: the scales of weight groups, the norms' gains, the clips."""
-    kv_bits = config.kv_bits
+    kv_bits, clips = config.kv_bits, recipe.a_clip is not None
 
     def make(s, found: Made, weights: Made, lessons: Made, *, resume, keep) -> Made:
-        model = _quantised(s, found, weights, None, w_bits, a_bits, kv_bits)
-        tune(model, Lessons(**lessons[0]), steps_of(s, 1, keep=keep, resume=resume))
+        model = _quantised(s, [found, weights], w_bits, a_bits, kv_bits)
+        tune(model, Lessons(**lessons[0]), steps_of(s, 1, keep=keep, resume=resume), clips=clips)
         return scales_of(model) | vectors_of(model), {}
 
     names = (*LESSONS, "w_groupsize", "kv_bits")
     inputs = transforms_step(config, recipe), weights_step(config, recipe, w_bits, a_bits), lessons_step(config)
-    return artifact_of(tuned_step, config, names, make, *inputs, resumable=True, w_bits=w_bits, a_bits=a_bits)
+    does = {"w_bits": w_bits, "a_bits": a_bits, "clips": clips}
+    return artifact_of(tuned_step, config, names, make, *inputs, resumable=True, **does)
+
+
+def _parts(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> list[Artifact]:
+    """What `_quantised` puts together."""
+    parts = [transforms_step(config, recipe)]
+    if w_bits < OFF:
+        parts.append(weights_step(config, recipe, w_bits, a_bits))
+        if recipe.tune and config.refine_steps:
+            parts.append(tuned_step(config, recipe, w_bits, a_bits))
+    return parts
+
+
+def quantised(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> nn.Module:
+    """The model that `evaluate` measures."""
+    config = settled(config, recipe)
+    found = [part.get() for part in _parts(config, recipe, w_bits, a_bits)]
+    return _quantised(config, found, w_bits, a_bits, config.kv_bits)
 
 
 def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int, spared: dict) -> Artifact:
-    fp, inputs, kv_bits = fp_hidden_step(config), {}, config.kv_bits
-    if recipe:
-        inputs["transforms"] = transforms_step(config, recipe)
-        if w_bits < OFF:
-            inputs["weights"] = weights_step(config, recipe, w_bits, a_bits)
-            if recipe.tune and config.refine_steps:
-                inputs["tuned"] = tuned_step(config, recipe, w_bits, a_bits)
+    kv_bits, parts = config.kv_bits, _parts(config, recipe, w_bits, a_bits) if recipe else []
 
     def make(s, *found: Made) -> Made:
-        *parts, fp = found  # FP last: its head is large, and the others are made without it in memory
-        got = dict(zip(inputs, parts, strict=True))
-        parts = [got.get(name) for name in ("transforms", "weights", "tuned")]
-        model = _quantised(s, *parts, w_bits, a_bits, kv_bits) if recipe else load_model(s)
+        *found, fp = found  # FP last: its head is large, and the others are made without it in memory
+        model = _quantised(s, found, w_bits, a_bits, kv_bits) if recipe else load_model(s)
         if spared:
             spare(model, **spared)
         dtype = products_dtype(s.eval_compute_dtype, s.device)
@@ -162,7 +183,7 @@ def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: 
 
     names = (*MODEL, *WINDOWS, "eval_compute_dtype", *(("w_groupsize", "kv_bits") if recipe else ()))
     does = {"w_bits": w_bits, "a_bits": a_bits, "spared": spared}
-    return artifact_of(evaluation_step, config, names, make, *inputs.values(), fp, **does)
+    return artifact_of(evaluation_step, config, names, make, *parts, fp_hidden_step(config), **does)
 
 
 def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int, **spared) -> dict:
@@ -171,6 +192,7 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int, **
     Weights are rounded as the recipe says, else as the run does (``config.weights``), the KV cache as the run says.
     ``spared``: a part whose activations are left unrounded (`jqlib.quant.spare.spare`).
     """
+    config = settled(config, recipe)
     values = evaluation_step(config, recipe, w_bits, a_bits, spared).get()[1]
     calibration = [cost for step, cost in values["took"].items() if not step.startswith("fp_hidden")]
     weights = (recipe.weights or config.weights) if recipe and w_bits < OFF else "none"
@@ -206,7 +228,7 @@ def kurtosis_step(config: Config, recipe: Recipe | None) -> Artifact:
 
 def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
     """Of what each site reads under a recipe (None: in the model as it is): ``{site: kurtosis}``."""
-    return kurtosis_step(config, recipe).get()[1]["kurtosis"]
+    return kurtosis_step(settled(config, recipe), recipe).get()[1]["kurtosis"]
 
 
 def protocol(config: Config) -> dict:

@@ -17,10 +17,12 @@ class Recipe:
     r2: str | None = None  # None, "hadamard" or a solver
     online: tuple[str, ...] = ()  # sites with a Hadamard transform that runs online
     smooth: tuple[str, ...] = ()  # sites whose channels are scaled
-    a_clip: float = 1.0
+    a_clip: float | None = 1.0  # None: a token's whole range, and nothing learns another
     o_per_head: bool = False  # one grid per head at o
     objective: Objective | None = None  # None: the run's
     weights: Weights | None = None  # None: the run's
+    w_groupsize: int | None = None  # None: the run's
+    a_bits: int | None = None  # None: the run's
     measure: Measure = "max"  # what smoothing goes by
     gptq_inputs: GptqInputs = "fp"
     refine: tuple[str, ...] = ()  # what is learned end to end before the weights are rounded
@@ -30,7 +32,7 @@ class Recipe:
     def __post_init__(self):
         if self.layerwise and self.weights != "gptq":
             raise ValueError(f"recipe {self.label!r}: layerwise learning begins where GPTQ ends: weights='gptq'")
-        kinds = {"R2", "smooth", "clip"} | ({"R1", "scale"} if self.r1 else set())
+        kinds = {"R2", "smooth"} | ({"R1", "scale"} if self.r1 else set()) | ({"clip"} if self.a_clip else set())
         if not {*self.refine} <= kinds or (self.refine and self.r1 and {"qkv", "ug"} & {*self.smooth}):
             raise ValueError(
                 f"recipe {self.label!r}: refine={self.refine}, smooth={self.smooth}: with R1 {self.r1} there are "
@@ -72,5 +74,15 @@ RECIPES = {
         BEST, label="JointQuant, online", r1=None, online=("qkv", "ug", "down"), smooth=EVERYWHERE,
         refine=("R2", "smooth", "clip"),
     ),
+    "deploy": replace(
+        BEST, label="Deploy: for engines, W4 in groups of 32, A8", online=(), a_clip=None, o_per_head=False,
+        w_groupsize=32, a_bits=8, refine=("R1", "R2", "scale", "smooth"),
+    ),
 }  # fmt: skip
-SMOOTHED_BY_CHOICE = ("jointquant", "jointquant-best", "jointquant-online", "control")  # what `use_smooth` switches
+SMOOTHED_BY_CHOICE = (
+    "jointquant",
+    "jointquant-best",
+    "jointquant-online",
+    "control",
+    "deploy",
+)  # what `use_smooth` switches

@@ -7,7 +7,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jqlib import get_model, get_tokenizer
@@ -61,6 +61,17 @@ def tiny_tokenizer():
     tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(VOCABULARY)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """Bytes of printable text and one merge, as a byte-level BPE; ids below the tiny model's vocabulary."""
+    letters = [chr(i) for i in range(ord("!"), ord("~") + 1)] + ["Ġ", "Ċ", "th", "<|end|>"]
+    bpe = models.BPE({letter: i for i, letter in enumerate(letters)}, merges=[("t", "h")])
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
 
 
 @pytest.fixture(scope="session")

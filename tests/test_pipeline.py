@@ -16,11 +16,13 @@ from jqlib.learn.steps import Steps
 from jqlib.model import load
 from jqlib.model.families import norms_of, site_targets, sites_of
 from jqlib.pipeline import evaluation_step
+from jqlib.quant.packed import rounded_linears
 from jqlib.quant.quantize import quantize_model
 from jqlib.recipes import RECIPES
 from jqlib.store import read
 from jqlib.transform.build import transforms_of
 from jqlib.transform.hadamard import random_hadamard
+from jqlib.transform.install import standing
 from jqlib.transform.transform import Grid
 
 
@@ -59,12 +61,23 @@ def test_activations_come_in_the_models_order_made_or_reused(config):
     assert all(torch.equal(made[name], reused[name]) for name in made)
 
 
+def test_deploy_is_what_engines_run(config):
+    """Whole ranges of activations, to 8 bits; groups of 32; nothing online; learned all the same."""
+    recipe = RECIPES["deploy"]
+    model = pipeline.quantised(config, recipe, 4, 8)
+    grids = [transform.grid for transform in standing(model).values()]
+    assert {(grid.bits, grid.clip.item(), grid.groupsize) for grid in grids} == {(8, 1.0, None)}
+    assert {linear.grid.groupsize for linear in rounded_linears(model).values()} == {32}
+    row = pipeline.evaluate(config, recipe, 4, 8)
+    assert row["online_operations"] == 0
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_keeps_the_model_until_it_rounds(config, name):
     ids = pipeline.load_calibration(config)[:1, :64]
     expected = pipeline.load_model(config)(ids).logits
     clips = [transform.grid.clip.item() for transform in pipeline.transforms(config, RECIPES[name]).values()]
-    assert any(abs(clip - RECIPES[name].a_clip) > 1e-6 for clip in clips) == ("clip" in RECIPES[name].refine)
+    assert any(abs(clip - (RECIPES[name].a_clip or 1)) > 1e-6 for clip in clips) == ("clip" in RECIPES[name].refine)
     model = pipeline.transformed(config, RECIPES[name])
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-4)
 

@@ -15,8 +15,9 @@ def config(monkeypatch):
 
 def test_by_profile(config):
     assert rows.methods(config()) == [m for m in RECIPES if m in rows.FEW]
-    assert rows.methods(config(profile="full")) == [*RECIPES]
-    assert {*RECIPES} - {*rows.methods(config(profile="standard"))} == {"quarot-learned", "dartquant-r2"}
+    assert rows.methods(config(profile="full")) == [name for name in RECIPES if name != "deploy"]
+    assert {*RECIPES} - {*rows.methods(config(profile="standard"))} == {"quarot-learned", "dartquant-r2", "deploy"}
+    assert (config(recipe="deploy"), "deploy", 4, 8) in rows.plan(config(recipe="deploy"))
 
 
 def test_a_large_model_gets_few_unless_more_are_named(config):

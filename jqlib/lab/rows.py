@@ -10,6 +10,7 @@ from jqlib.transform.grids import OFF
 BASE = ("rtn", "quarot", "quarot-best")  # what all others are set beside: always there
 FEW = (*BASE, "dartquant", "jointquant", "jointquant-best")
 LARGE = 5e8  # parameters: from here on only BASE, the run's recipe and our best, unless others are named
+ELSEWHERE = "deploy"  # at other bits: it has a section of its own
 GPTQ_TOO = ("hadamard-online", "dartquant", "jointquant")  # rounded to nearest by default: once more with GPTQ
 
 Row = tuple[Config, str, int, int]  # settings, method, bits of weights and of activations
@@ -27,7 +28,7 @@ def methods(config: Config) -> list[str]:
         asked = FEW
     else:
         left_out = () if config.profile == "full" else ("quarot-learned", "dartquant-r2")
-        asked = [name for name in RECIPES if name not in left_out]
+        asked = [name for name in RECIPES if name not in (*left_out, ELSEWHERE)]
     return [name for name in RECIPES if name in (*BASE, *asked, *own)]
 
 
@@ -42,8 +43,9 @@ def plan(config: Config) -> list[Row]:
     quick = config.profile == "quick"
     activations = [m for m in FEW if not (quick and m.endswith("best"))]
     weights = FEW[: 2 if quick else 3]
-    rows: list[Row] = [(config, m, w, a) for m in every]
-    rows += [(config, m, OFF, a) for m in every if full or m in (*activations, config.recipe)]
+    at = {m: RECIPES[m].a_bits or a for m in every}
+    rows: list[Row] = [(config, m, w, at[m]) for m in every]
+    rows += [(config, m, OFF, at[m]) for m in every if full or m in (*activations, config.recipe)]
     rows += [(config, m, w, OFF) for m in every if full or m in weights]
     rows = list(dict.fromkeys(rows))  # 16 bits asked for: some are the same
     if not quick and config.weights == "rtn" and w < OFF:

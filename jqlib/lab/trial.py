@@ -115,7 +115,9 @@ def _try(config: Config, layers: int) -> dict[str, dict]:
     with TemporaryDirectory() as folder:
         _save_random(config, layers, Path(folder) / "model")
         small = replace(config, model=str(Path(folder) / "model"), output_dir=folder)
-        row = pipeline.evaluation_step(small, pipeline.recipe_of(small), config.w_bits, config.a_bits, {})
+        recipe = pipeline.recipe_of(small)
+        small = pipeline.settled(small, recipe)
+        row = pipeline.evaluation_step(small, recipe, small.w_bits, small.a_bits, {})
         values = row.get()[1]
     took = {name.rpartition("-")[0]: cost for name, cost in values["took"].items()}
     return took | {"evaluation": {cost: values[cost] for cost in COSTS}}

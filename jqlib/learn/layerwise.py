@@ -25,12 +25,13 @@ EVERY = 4  # one piece of text in so many goes into GPTQ's Hessians
 
 
 def round_layer_by_layer(
-    model: nn.Module, pieces: Tensor, bits: int, groupsize: int, grids: dict[str, Grid], steps: Steps = Steps()
-) -> None:
+    model: nn.Module, pieces: Tensor, bits: int, groupsize: int, grids: dict[str, Grid], steps: Steps = Steps(),
+    *, clips: bool = True,
+) -> None:  # fmt: skip
     """Round the weights of all decoder layers, and their inputs by ``grids``, in place; each layer takes ``steps``.
 
     ``model``: built, with nothing rounded. ``pieces``: calibration text, (pieces, tokens). ``steps.keep`` receives what
-    was learned after every layer.
+    was learned after every layer. ``clips=False``: those of the grids stay as they are.
 
     Raises FloatingPointError if a layer's loss is not finite.
     """
@@ -46,23 +47,30 @@ def round_layer_by_layer(
         if any(name.endswith("|codes") for name in known):
             unpack_weights(model, known, bits, groupsize)
         else:
-            _learn(step, places, bits, groupsize, pieces, plain.hidden, steps)
+            aims = _round(step, places, bits, groupsize)
+            _learn(step, places, aims, pieces, plain.hidden, steps, clips)
             if steps.keep:
                 steps.keep(pack_weights(model) | vectors_of(model))
         with products_in(steps.dtype, model.device):
             step.forward()
 
 
-def _learn(
-    step: Step, places: list[Place], bits: int, groupsize: int, pieces: Tensor, targets: Tensor, steps: Steps
-) -> None:
-    """Round a layer's weights and learn it, towards ``targets``, its outputs in FP for all pieces."""
+def _round(step: Step, places: list[Place], bits: int, groupsize: int) -> dict[str, Tensor]:
+    """Round a layer's weights by GPTQ; their aims, by linear."""
     hessians, aims = hessians_of(replace(step, hidden=step.hidden[::EVERY]), places), {}
     for place in places:
         aims |= round_site(place, place.weight, hessians[place.name], bits, groupsize)
+    return aims
+
+
+def _learn(
+    step: Step, places: list[Place], aims: dict[str, Tensor], pieces: Tensor, targets: Tensor, steps: Steps, clips: bool
+) -> None:
+    """Learn a rounded layer, towards ``targets``, its outputs in FP for all pieces."""
     linears = {name: linear for place in places for name, linear in place.linears.items()}
     norms = {place.name: place.norm for place in places if place.norm is not None}
-    grids = {place.name: place.host.transform.grid for place in places if hasattr(place.host, "transform")}
+    rounded = [place for place in places if clips and hasattr(place.host, "transform")]
+    grids = {place.name: place.host.transform.grid for place in rounded}
 
     def loss(chosen: Tensor) -> Tensor:
         x, y = step.hidden[chosen], targets[chosen]

@@ -18,15 +18,17 @@ from jqlib.transform.build import done
 from jqlib.transform.install import standing
 
 
-def tune(model: nn.Module, lessons: Lessons, steps: Steps = Steps()) -> None:
+def tune(model: nn.Module, lessons: Lessons, steps: Steps = Steps(), *, clips: bool = True) -> None:
     """Tune a ``model`` of rounded weights in place, towards the FP model's predictions (`lessons.teach`).
+
+    ``clips=False``: these stay as they are.
 
     Raises RuntimeError when the model is not quantised, FloatingPointError if the loss is not finite.
     """
     if "quantised" not in done(model):
         raise RuntimeError("tune needs a model whose weights are rounded: call quantize_model(model) before it")
     norms = norms_of(model) | {"final": model.get_submodule(family_of(model).final_norm)}
-    grids = {name: transform.grid for name, transform in standing(model).items() if transform.rounds}
+    grids = {name: transform.grid for name, transform in standing(model).items() if transform.rounds and clips}
 
     lessons = lessons.to(model.device)
 

@@ -186,6 +186,17 @@ class Joined(nn.Module):
         return torch.cat([part(x) for part in self.children()], -1)
 
 
+def rejoined(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by ``<linear>.<what>`` as a checkpoint has them: those of a `Joined`'s parts one above the other."""
+    tensors = dict(tensors)
+    for at, joined in model.named_modules():
+        if isinstance(joined, Joined):
+            parts = [f"{at}.{name}." for name, _ in joined.named_children()]
+            for what in [name.removeprefix(parts[0]) for name in tensors if name.startswith(parts[0])]:
+                tensors[f"{at}.{what}"] = torch.cat([tensors.pop(f"{part}{what}") for part in parts])
+    return tensors
+
+
 def head_dim_of(model: nn.Module) -> int:
     return head_dim_in(model.config)
 

@@ -4,6 +4,7 @@ Its metadata decide what is computed (``<architecture>.*``), and so do its list 
 text; other entries pass.
 """
 
+import json
 import struct
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ NEUTRAL = {  # entries that change nothing at these values
 }  # fmt: skip
 HEAD_DIMS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 SMOLLM = "smollm"  # digits one by one, then GPT-2's splits: transformers has no entry for it
+OURS = ("llama-bpe", "qwen2", "tekken")  # those that are written: of several names for one way, llama.cpp's own
 SPLITS = (*GGUF_PRE_TOKENIZER_SPLITS, "gpt-2", SMOLLM)  # those that are read rightly
 
 
@@ -69,6 +71,26 @@ def check_tokenizer(path: Path, tokenizer) -> None:
     if pre == SMOLLM:
         splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+
+
+def splits_of(tokenizer) -> str:
+    """How a tokenizer splits text, by GGUF's name for it. Raises ValueError for a way not known here."""
+    known = json.loads(tokenizer.backend_tokenizer.to_str())
+    found, kind = known["pre_tokenizer"] or {}, known["model"]["type"]
+    steps = [step for step in found.get("pretokenizers", [found]) if step]
+    kinds = [step["type"] for step in steps]
+    if kind == "BPE" and kinds == ["ByteLevel"] and steps[0]["use_regex"] and not steps[0]["add_prefix_space"]:
+        return "gpt-2"
+    if kind == "BPE" and kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        return SMOLLM
+    if kind == "BPE" and kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated":
+        for name in OURS:
+            if GGUF_PRE_TOKENIZER_SPLITS[name] == steps[0]["pattern"].get("Regex"):
+                return name
+    raise ValueError(
+        f"a tokenizer of kind {kind} that splits text by {', '.join(kinds) or 'nothing'} in a way of its own can't be "
+        f"written as GGUF here: known are {', '.join(('gpt-2', SMOLLM, *OURS))}"
+    )
 
 
 @cache

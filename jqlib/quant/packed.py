@@ -54,11 +54,12 @@ def scales_of(model: nn.Module) -> dict[str, Tensor]:
 def pack_weights(model: nn.Module) -> dict[str, Tensor]:
     """``<linear>|codes`` and ``<linear>|scale`` of all rounded linears."""
     linears = rounded_linears(model).items()
-    codes = {f"{name}|codes": _codes(linear).cpu() for name, linear in linears}
+    codes = {f"{name}|codes": packed_codes(linear).cpu() for name, linear in linears}
     return codes | scales_of(model)
 
 
-def _codes(linear: nn.Linear) -> Tensor:
+def packed_codes(linear: nn.Linear) -> Tensor:
+    """The codes of a rounded weight as `pack` has them, whether the weight is in memory or not."""
     grid = linear.grid
     return pack(codes_of(linear), grid.bits) if grid.packed is None else grid.packed
 

@@ -1,0 +1,1 @@
+"""Models as folders that other programs load."""

@@ -1,0 +1,62 @@
+"""What each form can say of a run's model. What it can't is refused before any work, with what can be done instead."""
+
+from jqlib.config import Config
+from jqlib.model.families import head_dim_in
+from jqlib.model.load import load_config
+from jqlib.recipes import RECIPES, Recipe
+from jqlib.transform.grids import OFF
+
+FORMS = ("hf", "compressed-tensors", "gguf", "jointquant")
+ENGINES = ("compressed-tensors", "gguf")  # whose programs know nothing of us
+BLOCK = 32  # weights that share a scale in GGUF's Q4_0
+CHOSEN_THERE = 8  # bits of activations from which on an engine may choose their grid itself: it costs next to nothing
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # GGUF's, by model_type
+DEPLOY = "the recipe made for engines is deploy; the form that holds everything is jointquant"
+
+
+def check_form(form: str, config: Config, recipe: Recipe) -> None:
+    """Raises ValueError if a form can't hold the run's model under a (settled) recipe."""
+    if reason := reason_against(form, config, recipe):
+        name = next((name for name, known in RECIPES.items() if known.label == recipe.label), recipe.label)
+        raise ValueError(f"format {form!r} can't hold recipe {name!r}: {reason}")
+
+
+def reason_against(form: str, config: Config, recipe: Recipe) -> str | None:
+    """Why a form can't hold the run's model under a (settled) recipe; None if it can."""
+    if form == "hf":
+        return "the whole model is written: leave out stream=True" if config.stream else None
+    if form not in ENGINES:
+        return None
+    if recipe.online:
+        return f"Hadamard transforms would run online, and engines drop them without a word; {DEPLOY}"
+    if config.a_bits < CHOSEN_THERE and recipe.a_clip not in (None, 1.0):
+        return f"its activations are clipped, which engines don't do; {DEPLOY}"
+    if config.kv_bits < OFF:
+        return f"kv_bits={config.kv_bits}: its keys are rotated (R3). Let the engine round its own cache"
+    return _compressed(config) if form == "compressed-tensors" else _gguf(config)
+
+
+def _compressed(config: Config) -> str | None:
+    return None if config.w_bits in (4, 8) else f"w_bits={config.w_bits}: engines read 4 or 8"
+
+
+def _gguf(config: Config) -> str | None:
+    shape = load_config(config.model)
+    if shape.model_type not in ARCHITECTURES:
+        return f"{shape.model_type} models are not written as GGUF here; there are {', '.join(ARCHITECTURES)}"
+    if config.w_bits not in (4, OFF) or config.a_bits < CHOSEN_THERE:
+        return (
+            f"w_bits={config.w_bits}, a_bits={config.a_bits}: GGUF has weights of 4 bits here (Q4_0), or 16, and "
+            f"llama.cpp rounds activations to 8 as it does; {DEPLOY}"
+        )
+    heads = shape.num_attention_heads * head_dim_in(shape)
+    sizes = config.w_groupsize, shape.hidden_size, shape.intermediate_size, heads
+    if odd := [n for n in sizes if n % BLOCK and config.w_bits == 4]:
+        return f"{odd[0]} is no multiple of {BLOCK}, the weights that share a scale in Q4_0 (w_groupsize, channels)"
+    if {*(getattr(shape, "layer_types", None) or ())} - {"full_attention"} or _slides(shape):
+        return "it has sliding windows, which its GGUF would lose"
+    return None
+
+
+def _slides(shape) -> bool:
+    return bool(getattr(shape, "sliding_window", None)) and getattr(shape, "use_sliding_window", True)

@@ -1,0 +1,79 @@
+"""The model card of an exported folder: what it is, its figures and how they were measured, how to load it."""
+
+import json
+from dataclasses import asdict
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from jqlib import pipeline
+from jqlib.config import Config
+from jqlib.model import embedded
+from jqlib.model.load import folder_of
+from jqlib.recipes import Recipe
+from jqlib.store import git_commit, versions
+
+LOADS = {
+    "hf": 'AutoModelForCausalLM.from_pretrained(folder)  # transformers\nvllm serve folder',
+    "compressed-tensors": 'AutoModelForCausalLM.from_pretrained(folder)  # transformers, with compressed-tensors\n'
+                          "vllm serve folder",
+    "gguf": "llama-server -m folder/model.gguf",
+    "jointquant": "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)   # runs the file "
+                  "modeling_jointquant.py of this folder",
+}  # fmt: skip
+IS = {
+    "hf": "The floating-point model, rotated: rotations, gains and scales are merged into its weights, nothing runs "
+          "online, and it computes what the original does. A start for other quantisers.",
+    "compressed-tensors": "Weights as codes of {w_bits} bits with float16 scales, packed by compressed-tensors.",
+    "gguf": "Weights as Q4_0 for llama.cpp, codes and scales exactly ours; embeddings and head in float16.",
+    "jointquant": "All that was measured: weights as codes of {w_bits} bits, activations rounded to {a_bits} bits, the "
+                  "KV cache to {kv_bits}, and what runs online. Rounding of activations is simulated.",
+}  # fmt: skip
+
+
+def card(config: Config, recipe: Recipe, form: str, fp: dict, row: dict | None) -> str:
+    """Markdown, with the metadata that the hub reads. ``fp``, ``row``: the models' rows of notebook 05."""
+    settings = asdict(config)
+    about = {"library_name": "llama.cpp" if form == "gguf" else "transformers", "license": licence_of(config.model)}
+    about |= {"base_model": config.model, "tags": ["jointquant", recipe.label]}
+    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in about.items()), "---", ""]
+    lines += [f"# {config.model}, {recipe.label}", "", IS[form].format(**settings), "", "```"]
+    lines += [
+        LOADS[form],
+        "```",
+        "",
+        "## Figures",
+        "",
+        "| | perplexity | 95% interval | KL from FP |",
+        "|---|---|---|---|",
+    ]
+    rows = {"FP": fp} | ({f"W{row['w_bits']}A{row['a_bits']}, simulated": row} if row else {})
+    lines += [f"| {name} | {r['ppl']:.3f} | {_span(r)} | {r['kl']:.4f} |" for name, r in rows.items()]
+    lines += ["", "Protocol:", "", *(f"* {name}: {value}" for name, value in pipeline.protocol(config).items())]
+    lines += ["", "## How it was made", "", "```", _command(config, form), "```", ""]
+    lines += [f"jointquant at commit {git_commit()}, {', '.join(f'{k} {v}' for k, v in versions().items())}.", ""]
+    lines += ["Settings and rows: `jointquant.json`; transforms of all sites: `rotations/transforms.safetensors`.", ""]
+    return "\n".join(lines)
+
+
+def _span(row: dict) -> str:
+    ends = row["ppl_low"], row["ppl_high"]
+    return "not known" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"
+
+
+def _command(config: Config, form: str) -> str:
+    usual = asdict(Config())
+    flags = [f"--{name} {value}" for name, value in asdict(config).items() if value != usual[name] or name == "model"]
+    return f"python -m jqlib export {' '.join(flags)} --format {form} --to FOLDER"
+
+
+def licence_of(model: str) -> str:
+    """The source model's, as its own card says; "other" where that is not known."""
+    if model == embedded.MODEL:
+        return "apache-2.0"
+    try:
+        readme = folder_of(model) / "README.md"
+        source = ModelCard(readme.read_text(encoding="utf-8")) if readme.is_file() else ModelCard.load(model)
+        return source.data.license or "other"
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return "other"

@@ -1,0 +1,52 @@
+"""A GGUF file run by llama.cpp (the extra ``run``: a wheel that brings it), in a process of its own."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from jqlib.memory import PeakMemory
+
+MISSING = "llama.cpp is not installed: pip install -c constraints.txt -e '.[run]'"
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+def run_gguf(path: Path, prompt: str, tokens: int = 64, threads: int | None = None) -> dict:
+    """What llama.cpp goes on with, the likeliest token each time: ``text``, ``tokens_a_second`` while generating, and
+    its ``peak_rss_bytes`` (None where that is not known), beside ``file_bytes``.
+
+    Raises ModuleNotFoundError without the extra, ValueError for a file that llama.cpp does not run.
+    """
+    if not installed():
+        raise ModuleNotFoundError(MISSING)
+    asked = {"path": str(path), "prompt": prompt, "tokens": tokens, "threads": threads or torch.get_num_threads()}
+    done = subprocess.run([sys.executable, "-m", __name__, json.dumps(asked)], capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        raise ValueError(f"llama.cpp can't run {path}: {said}")
+    return json.loads(done.stdout.strip().rpartition("\n")[2]) | {"file_bytes": path.stat().st_size}
+
+
+def _generated(path: str, prompt: str, tokens: int, threads: int) -> dict:
+    import xllamacpp
+
+    params, peak = xllamacpp.CommonParams(), PeakMemory()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = path, 1024, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0}
+    server.handle_completions(asked | {"n_predict": 2})  # warm
+    found = server.handle_completions(asked)
+    found = json.loads(found) if isinstance(found, str) else found
+    speed = found["timings"]["predicted_per_second"]
+    return {"text": found["content"], "tokens_a_second": speed} | {"peak_rss_bytes": peak.measured()["peak_rss_bytes"]}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_generated(**json.loads(sys.argv[1]))))
