@@ -244,9 +244,10 @@ def test_the_command_and_the_card(small, tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     card = (tmp_path / "to" / "README.md").read_text()
     row = pipeline.evaluate(replace(config, recipe="deploy"), RECIPES["deploy"], 4, 8)
-    assert f"| W4A8, simulated | {row['ppl']:.3f} |" in card
+    assert f"| W4A8 | {row['ppl']:.3f} |" in card
     assert "--recipe deploy" in card
     assert "license: " in card
+    assert json.loads((tmp_path / "to" / "jointquant.json").read_text())["bits_per_weight"] == pytest.approx(4.5, 0.2)
     about = json.loads((tmp_path / "to" / "config.json").read_text())
     assert about["quantization_config"]["quant_method"] == "compressed-tensors"
     assert (tmp_path / "to" / "rotations" / "transforms.safetensors").is_file()

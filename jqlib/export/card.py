@@ -31,8 +31,8 @@ IS = {
 }  # fmt: skip
 
 
-def card(config: Config, recipe: Recipe, form: str, fp: dict, row: dict | None) -> str:
-    """Markdown, with the metadata that the hub reads. ``fp``, ``row``: the models' rows of notebook 05."""
+def card(config: Config, recipe: Recipe, form: str, rows: dict[str, dict], bits: float) -> str:
+    """Markdown, with the metadata that the hub reads. ``rows``: of notebook 05; ``bits``: that a weight takes."""
     settings = asdict(config)
     about = {"library_name": "llama.cpp" if form == "gguf" else "transformers", "license": licence_of(config.model)}
     about |= {"base_model": config.model, "tags": ["jointquant", recipe.label]}
@@ -47,9 +47,16 @@ def card(config: Config, recipe: Recipe, form: str, fp: dict, row: dict | None) 
         "| | perplexity | 95% interval | KL from FP |",
         "|---|---|---|---|",
     ]
-    rows = {"FP": fp} | ({f"W{row['w_bits']}A{row['a_bits']}, simulated": row} if row else {})
     lines += [f"| {name} | {r['ppl']:.3f} | {_span(r)} | {r['kl']:.4f} |" for name, r in rows.items()]
-    lines += ["", "Protocol:", "", *(f"* {name}: {value}" for name, value in pipeline.protocol(config).items())]
+    lines += [
+        "",
+        f"A weight of the layers takes {bits:.3f} bits in these files. Rounding is simulated in these figures;",
+    ]
+    lines += [
+        "an engine's own kernels differ a little. Protocol:",
+        "",
+        *(f"* {name}: {value}" for name, value in pipeline.protocol(config).items()),
+    ]
     lines += ["", "## How it was made", "", "```", _command(config, form), "```", ""]
     lines += [f"jointquant at commit {git_commit()}, {', '.join(f'{k} {v}' for k, v in versions().items())}.", ""]
     lines += ["Settings and rows: `jointquant.json`; transforms of all sites: `rotations/transforms.safetensors`.", ""]

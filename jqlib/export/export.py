@@ -1,5 +1,6 @@
 """`export`: a run's model as a folder that others load, in one of four forms."""
 
+import importlib.util
 import os
 import shutil
 from dataclasses import asdict
@@ -11,14 +12,17 @@ from jqlib import pipeline
 from jqlib.choices import check_choice
 from jqlib.config import Config
 from jqlib.export import compressed, gguf, hf, ours
-from jqlib.export.can import FORMS, check_form
+from jqlib.export.can import CHOSEN_THERE, ENGINES, FORMS, check_form
 from jqlib.export.card import card
-from jqlib.model.load import get_tokenizer
+from jqlib.export.size import bits_per_weight
+from jqlib.model.load import get_tokenizer, load_config, without_weights
 from jqlib.recipes import Recipe
 from jqlib.store import git_commit, versions, write_json
+from jqlib.transform.grids import OFF
 from jqlib.transform.transform import packed
 
 ABOUT = "jointquant.json"
+MISSING = "format 'compressed-tensors' needs its library: pip install -c constraints.txt -e '.[export]'"
 WRITERS = dict(zip(FORMS, (hf.write, compressed.write, gguf.write, ours.write), strict=True))
 
 
@@ -42,8 +46,9 @@ def export(
     check_form(form, config, recipe)
     if to.exists() and not (overwrite and (to / ABOUT).is_file()):
         raise FileExistsError(f"{to} is there already: export writes a new folder, or overwrites one of its own")
-    row = pipeline.evaluate(config, recipe, config.w_bits, config.a_bits) if form != "hf" else None
-    fp = pipeline.evaluate(config, None, 16, 16)
+    if form == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
+        raise ModuleNotFoundError(MISSING)
+    rows = _rows(form, config, recipe)
     folder = to.with_name(f".{to.name}.{os.getpid()}")
     try:
         folder.mkdir(parents=True)
@@ -52,12 +57,26 @@ def export(
         tensors, _ = packed(pipeline.transforms(config, recipe))
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()},
                   folder / "rotations" / "transforms.safetensors")  # fmt: skip
-        (folder / "README.md").write_text(card(config, recipe, form, fp, row), encoding="utf-8")
-        about = {"format": form, "config": asdict(config), "recipe": asdict(recipe), "fp": fp, "row": row}
+        about = {"format": form, "config": asdict(config), "recipe": asdict(recipe), "rows": rows}
+        about |= {"bits_per_weight": bits_per_weight(folder, without_weights(config.model))}
         write_json(folder / ABOUT, about | {"versions": versions(), "git_commit": git_commit()})
+        (folder / "README.md").write_text(card(config, recipe, form, rows, about["bits_per_weight"]), encoding="utf-8")
         if to.exists():
             shutil.rmtree(to)
         os.replace(folder, to)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return to
+
+
+def _rows(form: str, config: Config, recipe: Recipe) -> dict[str, dict]:
+    """FP's row, and that of what is written; and, where engines choose the activations' grid, of the weights alone."""
+    rows = {"FP": pipeline.evaluate(config, None, OFF, OFF)}
+    if form == "hf":
+        return rows
+    bits = config.w_bits, config.a_bits
+    rows[f"W{bits[0]}A{bits[1]}"] = pipeline.evaluate(config, recipe, *bits)
+    if form in ENGINES and CHOSEN_THERE <= config.a_bits < OFF:
+        every = 0, load_config(config.model).num_hidden_layers - 1
+        rows[f"W{bits[0]}A16, the same weights"] = pipeline.evaluate(config, recipe, *bits, layers=every)
+    return rows

@@ -28,7 +28,8 @@ def run_gguf(path: Path, prompt: str, tokens: int = 64, threads: int | None = No
     asked = {"path": str(path), "prompt": prompt, "tokens": tokens, "threads": threads or torch.get_num_threads()}
     done = subprocess.run([sys.executable, "-m", __name__, json.dumps(asked)], capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        told = [line for line in done.stderr.splitlines() if "rror" in line]
+        said = told[-1] if told else f"exit status {done.returncode}"
         raise ValueError(f"llama.cpp can't run {path}: {said}")
     return json.loads(done.stdout.strip().rpartition("\n")[2]) | {"file_bytes": path.stat().st_size}
 
@@ -40,12 +41,13 @@ def _generated(path: str, prompt: str, tokens: int, threads: int) -> dict:
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = path, 1024, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
-    asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0}
-    server.handle_completions(asked | {"n_predict": 2})  # warm
+    asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
+    server.handle_completions(asked | {"max_tokens": 2})  # warm
     found = server.handle_completions(asked)
     found = json.loads(found) if isinstance(found, str) else found
     speed = found["timings"]["predicted_per_second"]
-    return {"text": found["content"], "tokens_a_second": speed} | {"peak_rss_bytes": peak.measured()["peak_rss_bytes"]}
+    text = found["choices"][0]["text"]
+    return {"text": text, "tokens_a_second": speed, "peak_rss_bytes": peak.measured()["peak_rss_bytes"]}
 
 
 if __name__ == "__main__":

@@ -69,10 +69,9 @@ def windows_nll(path: Path, windows: torch.Tensor, vocabulary: int) -> list[floa
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     about = json.loads((folder / "jointquant.json").read_text())
-    config, row = Config(**about["config"]), about["row"]
+    config, rows = Config(**about["config"]), about["rows"]
     windows = pipeline.evaluation_windows(config)
     nll = windows_nll(folder / "model.gguf", windows.ids, load_config(config.model).vocab_size)
-    ours, theirs = row["ppl"], math.exp(sum(nll) / len(nll))
-    apart = max(abs(a - b) for a, b in zip(nll, row["nll"], strict=True))
-    print(f"W{row['w_bits']}A{row['a_bits']} simulated {ours:.4f}, llama.cpp {theirs:.4f} ({theirs / ours - 1:+.2%}), "
-          f"largest difference of a window {apart:.4f} nats")  # fmt: skip
+    theirs = math.exp(sum(nll) / len(nll))
+    for name, row in rows.items():
+        print(f"{name}: {row['ppl']:.4f}; llama.cpp {theirs:.4f}, {theirs / row['ppl'] - 1:+.2%}")

@@ -25,5 +25,7 @@ if __name__ == "__main__":
     for answer, window in zip(answers, windows, strict=True):
         said = [logprobs[token].logprob for logprobs, token in zip(answer.prompt_logprobs[1:], window[1:], strict=True)]
         nll.append(-sum(said) / len(said))
-    about = json.loads((Path(folder) / "jointquant.json").read_text())
-    print(f"vLLM {math.exp(sum(nll) / len(nll)):.4f}, the card's row {(about['row'] or about['fp'])['ppl']:.4f}")
+    rows = json.loads((Path(folder) / "jointquant.json").read_text())["rows"]
+    theirs = math.exp(sum(nll) / len(nll))
+    for name, row in rows.items():
+        print(f"{name}: {row['ppl']:.4f}; vLLM {theirs:.4f}, {theirs / row['ppl'] - 1:+.2%}")
