@@ -7,7 +7,8 @@ from pathlib import Path
 
 from jqlib.config import CHOICES, HELP, KINDS, Config, make_config, output_folder
 from jqlib.export.can import FORMS
-from jqlib.lab.run import check_inputs, read_run_file, run, select_notebooks, with_absolute_paths
+from jqlib.lab.checks import check_inputs
+from jqlib.lab.run import read_run_file, run, select_notebooks, with_absolute_paths
 
 # what check_inputs and the estimate of memory depend on
 INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_seqlen", "eval_windows", "eval_split",
@@ -17,6 +18,7 @@ INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_seqlen",
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jqlib", description="JointQuant: a W4A4 workbook.")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="run the notebooks on a model", allow_abbrev=False)
     run_parser.add_argument("-f", "--file", type=Path, help="run file: YAML with any of the parameters below")
@@ -57,7 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return COMMANDS[arguments.command](arguments)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ModuleNotFoundError, ArithmeticError) as error:
+        if arguments.debug:
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -69,7 +76,8 @@ def _run(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from jqlib.export.export import export
 
-    config = make_config({**read_run_file(arguments.file), **_given(arguments)})
+    config = make_config(with_absolute_paths({**read_run_file(arguments.file), **_given(arguments)}))
+    check_inputs(config)
     print(export(config, arguments.format, arguments.to, overwrite=arguments.overwrite))
     return 0
 

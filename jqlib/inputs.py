@@ -9,7 +9,7 @@ from torch import Tensor
 from jqlib.code import code_of
 from jqlib.config import Config
 from jqlib.learn.steps import Steps
-from jqlib.model import data, load
+from jqlib.model import load, text
 from jqlib.model.data import Windows, get_calibration_data, get_evaluation_windows
 from jqlib.precision import products_dtype
 from jqlib.store import Artifact
@@ -75,4 +75,4 @@ def _content(config: Config, name: str):
         return load.fingerprint(config.model)
     if name == "dtype":
         return str(dtype_of(config))
-    return data.fingerprint(getattr(config, name)) if name.endswith("_dataset") else getattr(config, name)
+    return text.fingerprint(getattr(config, name)) if name.endswith("_dataset") else getattr(config, name)

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from jqlib.config import PROFILES
-from jqlib.model.data import get_calibration_data, get_evaluation_windows, load_articles
+from jqlib.model.data import get_calibration_data, get_evaluation_windows
+from jqlib.model.text import load_articles
 
 TEXT = "".join(f"{i:03d} " for i in range(1000))  # every window of 4 characters differs
 

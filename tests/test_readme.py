@@ -11,7 +11,10 @@ import yaml
 
 from jqlib.__main__ import main
 from jqlib.config import ROOT, make_config
-from jqlib.lab.run import check_inputs, select_notebooks
+from jqlib.export.can import check_form
+from jqlib.lab.checks import check_inputs
+from jqlib.lab.run import select_notebooks
+from jqlib.pipeline import recipe_of, settled
 from jqlib.recipes import RECIPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -21,7 +24,9 @@ LINES = [
     for line in block.splitlines()
     for part in line.split("&&")
 ]
-RUNS, SWEEPS = ([words[4:] for words in LINES if words[:4] == ["python", "-m", "jqlib", c]] for c in ("run", "sweep"))
+RUNS, SWEEPS, EXPORTS = (
+    [words[4:] for words in LINES if words[:4] == ["python", "-m", "jqlib", c]] for c in ("run", "sweep", "export")
+)
 HERE = {"./my-model": "smollm2-135m", "./my-text.txt": "wiki"}  # what the reader has, we stand in for
 
 
@@ -45,6 +50,15 @@ def test_runs_are_accepted(words, monkeypatch):
     assert select_notebooks(only)
     if config.model == "smollm2-135m" and config.calib_dataset != "c4":
         check_inputs(config)
+
+
+@pytest.mark.parametrize("words", EXPORTS, ids=" ".join)
+def test_exports_are_accepted(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr("jqlib.export.export.export", lambda *given, **more: seen.append(given))
+    assert main(["export", *words]) == 0
+    ((config, form, _),) = seen
+    check_form(form, settled(config, recipe_of(config)), recipe_of(config))
 
 
 @pytest.mark.parametrize("words", SWEEPS, ids=" ".join)

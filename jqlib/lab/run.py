@@ -1,7 +1,9 @@
 """The runner: the notebooks by papermill, their inputs checked before anything runs, one page of what they found."""
 
+import ast
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from jqlib.config import KINDS, NOTEBOOKS, Config, make_config
+from jqlib.lab.checks import check_inputs, check_kernel
 
 PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
 
@@ -21,9 +24,10 @@ def run(parameters: dict, only: str | None = None) -> int:
     parameters = with_absolute_paths(parameters)
     config = make_config(parameters)
     notebooks = select_notebooks(only)
-    declared = {path: set(papermill.inspect_notebook(path)) for path in notebooks}
+    declared = {path: declared_in(path) for path in notebooks}
     check_inputs(config)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
+    check_kernel()
     config.folder.mkdir(parents=True, exist_ok=True)
     given = {"profile": config.profile, "model": config.model} | parameters
     executed = []
@@ -33,8 +37,9 @@ def run(parameters: dict, only: str | None = None) -> int:
         there, start = set(config.folder.glob("artifacts/*")), time.time()
         try:
             papermill.execute_notebook(
-                path, config.folder / path.name, {k: v for k, v in given.items() if k in declared[path]},
-                kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(),
+                _plain(path), _plain(config.folder / path.name),
+                {k: v for k, v in given.items() if k in declared[path]},
+                kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(), start_timeout=600,
                 extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each warns that local TCP is not encrypted
             )  # fmt: skip
         except PapermillExecutionError as error:
@@ -54,6 +59,27 @@ def run(parameters: dict, only: str | None = None) -> int:
     return 0
 
 
+def _plain(path: Path) -> str:
+    """A path for papermill, which takes braces for places to fill in."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def declared_in(notebook: Path) -> set[str]:
+    """The names of a notebook's parameters. ValueError for one that papermill can't read and would not set."""
+    import nbformat
+    import papermill
+
+    found = {*papermill.inspect_notebook(_plain(notebook))}
+    cells = nbformat.read(notebook, as_version=4).cells
+    cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    written = {n.target.id for n in ast.parse(cell.source).body if isinstance(n, ast.AnnAssign)}
+    written |= {t.id for n in ast.parse(cell.source).body if isinstance(n, ast.Assign) for t in n.targets}
+    if lost := sorted(written - found):
+        raise ValueError(f"{notebook.name}: papermill can't read the default of {lost[0]} in the parameters cell, and "
+                         "would not set it: write a plain value, such as \"text.txt\"")  # fmt: skip
+    return found
+
+
 def _say_what_is_replaced(config: Config, notebook: str, names: set[str]) -> None:
     """Results of other settings would be gone without a word."""
     try:
@@ -68,8 +94,8 @@ def _say_what_is_replaced(config: Config, notebook: str, names: set[str]) -> Non
 
 def with_absolute_paths(parameters: dict) -> dict:
     """Relative paths are relative to where the user stands; a notebook's kernel stands in ``notebooks/``."""
-    from jqlib.model.data import HUB
     from jqlib.model.embedded import CORPUS, MODEL
+    from jqlib.model.text import HUB
 
     given = {name: value for name, value in parameters.items() if isinstance(value, str)}
     paths = {name: Path(given[name]).expanduser().absolute() for name in PATHS if name in given}
@@ -79,36 +105,6 @@ def with_absolute_paths(parameters: dict) -> dict:
         for name, path in paths.items()
         if name == "output_dir" or (path.exists() and given[name] not in names)
     }
-
-
-def check_inputs(config: Config) -> None:
-    """A device or model that is missing or not supported, or a text too short, fails here and not after an hour."""
-    import torch
-
-    from jqlib.inputs import evaluation_windows, load_calibration
-    from jqlib.model.load import folder_of, load_config
-    from jqlib.model.stream import files_of
-    from jqlib.transform.selfcheck import check_family
-
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device={config.device!r} can't be used here: {str(error).splitlines()[0]}") from error
-    shape, folder = load_config(config.model), Path(config.model).expanduser()
-    check_family(shape)
-    if config.stream:
-        files_of(folder_of(config.model))
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise FileNotFoundError(f"{folder} has no weights: expected *.safetensors or *.bin")
-    longest = max(config.seqlen, config.eval_seqlen)
-    if longest > shape.max_position_embeddings:
-        print(f"warning: windows of {longest} tokens: the model is for {shape.max_position_embeddings} at most")
-    load_calibration(config)
-    if len({*evaluation_windows(config).articles}) < 2:
-        print("warning: all evaluation windows are from one article: no interval. Ask for more by --eval_windows")
-    text = config.eval_dataset
-    if text == config.calib_dataset and Path(text or "").is_file():
-        print(f"warning: {text} is both calibrated on and evaluated on: expect perplexities that are too good")
 
 
 def select_notebooks(only: str | None) -> list[Path]:
@@ -129,12 +125,19 @@ def read_run_file(path: Path | None) -> dict:
         problem = "is a folder: give a model's by --model" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"run file {path} {problem}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        root = yaml.compose(text := path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"run file {path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
+    if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"run file {path} does not hold parameters: expected lines such as 'model: smollm2-135m'")
-    return content
+    names = [name.value for name, _ in root.value]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"run file {path} has {twice[0]} twice: which is meant?")
+    for name, value in root.value:
+        if value.tag.endswith(":int") and not re.fullmatch(r"-?(0|[1-9]\d*)", value.value):
+            raise ValueError(f"run file {path}: {name.value}: {value.value} is {yaml.safe_load(value.value)} in YAML: "
+                             "write the number that is meant")  # fmt: skip
+    return yaml.safe_load(text)
 
 
 def write_html(notebooks: list[Path], to: Path) -> None:

@@ -1,7 +1,5 @@
 """Text to token windows: calibration data and evaluation windows."""
 
-import re
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,27 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from jqlib.choices import Draw, Split, check_choice
-from jqlib.model import embedded
+from jqlib.model.text import load_articles
 
-HUB = {  # name -> (repository, files of each split)
-    "wikitext2": (
-        "Salesforce/wikitext",
-        {
-            "calibration": "wikitext-2-raw-v1/train-*.parquet",
-            "validation": "wikitext-2-raw-v1/validation-*.parquet",
-            "test": "wikitext-2-raw-v1/test-*.parquet",
-        },
-    ),
-    "c4": (
-        "allenai/c4",
-        {
-            "calibration": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-train.00001-of-01024.json.gz",
-            "test": "en/c4-validation.00000-of-00008.json.gz",
-        },
-    ),
-}
-C4_ROWS = 10_000  # of one shard: enough for 128 windows of 2048
 EVALUATION_SEED = 0  # of the draw of windows: never the run's, for rows of all seeds are compared on the same windows
 BLOCK = 8  # adjoining windows that an interval takes as one, if there are no articles
 
@@ -114,39 +93,6 @@ def get_evaluation_windows(
     return Windows(whole[places], _sources(places, articles, seqlen), how)
 
 
-def load_articles(dataset: str, split: str) -> list[str]:
-    """The ``calibration``, ``validation`` or ``test`` text of a data set: its articles, or one string of all rows.
-
-    Rows are joined by a blank line. A text file is the same for every split.
-    """
-    if dataset == embedded.CORPUS:
-        return embedded.corpus_articles(split)
-    if dataset == embedded.NEWS:
-        return embedded.news_reports(split)
-    if dataset in HUB:
-        return [_hub_text(dataset, split)]
-    path = Path(dataset).expanduser()
-    if path.is_dir():
-        return [_folder_text(path, split)]
-    if path.is_file():
-        try:
-            return [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"data set {dataset} is not a UTF-8 text file ({error})") from error
-    raise FileNotFoundError(
-        f"data set {dataset!r} is unknown. Give {embedded.CORPUS!r}, {embedded.NEWS!r}, {', '.join(map(repr, HUB))}, "
-        "a folder in the hub's layout (parquet) or a text file."
-    )
-
-
-def fingerprint(name: str | None) -> str:
-    """Names, sizes and times of the files behind a local data set; a name that is no path stands for itself."""
-    path = Path(name or "").expanduser()
-    files = sorted(path.rglob("*.parquet")) if path.is_dir() and name else [path] if path.is_file() else []
-    name = name or "default"
-    return " ".join([name, *(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)])
-
-
 def _default(tokenizer) -> str:
     return getattr(tokenizer, "default_dataset", "wikitext2")
 
@@ -187,41 +133,3 @@ def _sources(places: list[int], articles: list[Tensor], seqlen: int) -> list[int
         ends = torch.tensor([len(a) for a in articles]).cumsum(0)
         return torch.searchsorted(ends, torch.tensor(places) * seqlen, right=True).tolist()
     return [i // BLOCK if len(places) >= 8 * BLOCK else i for i in range(len(places))]
-
-
-def _hub_text(dataset: str, split: str) -> str:
-    from datasets import load_dataset
-
-    repository, files = HUB[dataset]
-    try:
-        rows = load_dataset(repository, data_files={"rows": files[split]}, split="rows", verification_mode="no_checks")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConnectionError(
-            f"data set {dataset!r} ({repository}) could not be had from the Hugging Face hub: {error}\n"
-            f"Offline, give a local copy of it (a folder of parquet files), a text file or {embedded.CORPUS!r}."
-        ) from error
-    if dataset == "c4":
-        rows = rows.select(range(min(C4_ROWS, len(rows))))
-    return "\n\n".join(rows["text"])
-
-
-def _folder_text(folder: Path, split: str) -> str:
-    """Rows of a split's parquet files (train, validation, test) anywhere under the folder, of one configuration."""
-    from datasets import load_dataset
-
-    name = "train" if split == "calibration" else split
-    files = sorted(f for f in folder.rglob("*.parquet") if re.match(rf"{name}\b", f.name) or f.parent.name == name)
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} has no {name} split: expected parquet files named {name}-*.parquet in it or below it"
-        )
-    configurations = sorted({f.parent for f in files})
-    if len(configurations) > 1:
-        raise ValueError(
-            f"{folder} holds several configurations ({', '.join(c.name for c in configurations)}): "
-            f"give the folder of one of them, such as {configurations[0]}"
-        )
-    rows = load_dataset("parquet", data_files=[str(f) for f in files], split="train")
-    if "text" not in rows.column_names:
-        raise ValueError(f"{files[0]} has no column 'text': its columns are {', '.join(rows.column_names)}")
-    return "\n\n".join(rows["text"])

@@ -112,6 +112,9 @@ def evaluate_windows(
         for i, window in enumerate(windows.ids):
             target = reference and Reference(reference.hidden[i].to(device), head)
             read.append(_read(model.get_output_embeddings(), hidden[i], window.to(device), target))
+    if wrong := [i for i, row in enumerate(read) if math.isnan(row[0])]:
+        raise FloatingPointError(f"the model's predictions on window {wrong[0]} are not numbers: {model.dtype} may be "
+                                 "too narrow for it (try float32), or its weights are damaged")  # fmt: skip
     seconds = time.perf_counter() - start
     nll, kl, top1 = (list(values) for values in zip(*read, strict=True))
     return Perplexity(nll, windows.articles, *((kl, top1) if reference else (None, None)), seconds=seconds)

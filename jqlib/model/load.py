@@ -12,6 +12,7 @@ from transformers.utils import logging as hf_logging
 
 from jqlib.model import embedded
 from jqlib.model.families import FAMILIES, REASONS, split
+from jqlib.model.files import check_files
 from jqlib.model.gguf_file import check_gguf, check_tensors, check_tokenizer
 from jqlib.model.stream import files_of, open_model
 
@@ -39,7 +40,8 @@ def get_model(
     hf_logging.disable_progress_bar()
     try:
         source = _source(name)
-        model, found = _load(AutoModelForCausalLM, name, source, dtype=dtype, output_loading_info=True)
+        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # they are refused below, by name
+        model, found = _load(AutoModelForCausalLM, name, source, dtype=dtype, **asked)
     finally:
         if bars:
             hf_logging.enable_progress_bar()
@@ -95,7 +97,7 @@ def _check_complete(name: str, found: dict) -> None:
         "mismatched_keys": "weights in its files have other shapes than its config says",
     }
     for kind, problem in problems.items():
-        if names := sorted(found.get(kind, ())):
+        if names := sorted(key if isinstance(key, str) else key[0] for key in found.get(kind, ())):
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(
                 f"{name}: {problem}: {', '.join(names[:3])}{more}. Is the download whole, is config.json its own?"
@@ -118,6 +120,7 @@ def _source(name: str) -> dict:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise FileNotFoundError(f"{path} has no config.json: not a model folder in Hugging Face's layout")
+        check_files(path)
         return {"pretrained_model_name_or_path": path}
     if path.exists() or looks_like_path:
         problem = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
@@ -141,7 +144,7 @@ def _load(auto, name: str, source: dict, **kwargs):
         ) from error
     except (ValueError, struct.error) as error:
         if "gguf_file" not in source:
-            raise
+            raise ValueError(f"{name} can't be read by transformers: {error}") from error
         raise ValueError(f"{name} can't be read, is it damaged or incomplete? The reader said: {error}") from error
 
 

@@ -1,0 +1,51 @@
+"""A model folder's files are whole, or the one that is not is named: before anything is loaded, in milliseconds."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+POINTER = b"version https://git-lfs"
+REMEDY = "Is the download whole? Fetch it again"
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError for a file of weights or of JSON in a model folder that can't be what its name says, and for a
+    model that is quantised already.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".json"):
+            continue
+        if not path.exists():
+            raise ValueError(f"{path} is a link to {path.readlink()}, which does not exist")
+        if not path.is_file():
+            continue
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+        if start == POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository")
+        if not start:
+            raise ValueError(f"{path} is empty. {REMEDY}")
+        (_check_safetensors if path.suffix == ".safetensors" else _check_json)(path)
+
+
+def _check_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no safetensors file, or not all of it ({error}). {REMEDY}") from error
+
+
+def _check_json(path: Path) -> None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}). {REMEDY}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no names and values. {REMEDY}")
+    if path.name == "config.json" and (about := content.get("quantization_config")):
+        method = about.get("quant_method", "a method that it does not name")
+        raise ValueError(
+            f"{path} says that the model is quantised already, by {method}: give its floating-point original"
+        )
