@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = notebooks
 
-.PHONY: workbook test test-browser bench study lab report
+.PHONY: workbook test test-browser bench faults study lab report
 
 workbook: .venv/made
 	$(BIN)/python -m jqlib run -f runs/smollm2-135m.yaml
@@ -28,6 +28,10 @@ bench: .venv/made
 	$(BIN)/python tests/bench/cost.py
 	$(BIN)/python tests/bench/speed.py
 	$(BIN)/python tests/bench/stages.py
+
+# kills the pipeline at a hundred moments and counts what is lost or wrong: some minutes
+faults: .venv/made
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py
 
 # figures/study.json: hours; goes on where it stopped. MINUTES=140: begins no row after them
 study: .venv/made

@@ -1,4 +1,4 @@
-"""``python -m jqlib``: ``run`` the six notebooks, ``sweep``, ``export``, ``study``, ``info``, ``report``, ``clean``."""
+"""``python -m jqlib``: ``run`` the six notebooks, and what goes with them: see `COMMANDS`."""
 
 import argparse
 import sys
@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     study_parser = commands.add_parser("study", help="what takes hours on the embedded model: figures/study.json")
     study_parser.add_argument("--minutes", type=float, help="begin no row after so many minutes (all rows)")
     study_parser.add_argument("--device", default=Config.device, help=HELP["device"])
+    repeat_parser = commands.add_parser("repeat", help="make a result once more from its own record, and compare")
+    repeat_parser.add_argument(
+        "result", type=Path, help="such as jointquant_output/smollm2-135m/results/02_joint_r1.json"
+    )
     for name, text in {
         "report": "the rows of notebook 05 of all models and runs under a folder",
         "clean": "remove artifacts under a folder that no current code or setting would reuse",
@@ -112,6 +116,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
     print(report(arguments.output_dir or output_folder()).to_string(index=False, float_format="%.2f"))
     return 0
+
+
+def _repeat(arguments: argparse.Namespace) -> int:
+    from jqlib.lab.repeat import repeat
+
+    same, said = repeat(arguments.result)
+    print(said)
+    return 0 if same else 1
 
 
 def _clean(arguments: argparse.Namespace) -> int:
@@ -188,7 +200,7 @@ def _boolean(text: str) -> bool:
 
 
 COMMANDS = {"run": _run, "sweep": _sweep, "export": _export, "info": _info, "study": _study, "report": _report,
-            "clean": _clean}  # fmt: skip
+            "repeat": _repeat, "clean": _clean}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

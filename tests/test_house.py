@@ -5,6 +5,7 @@ import dis
 import re
 import subprocess
 import sys
+import tomllib
 
 import nbformat
 import papermill
@@ -149,6 +150,20 @@ def test_module_names_stand_only_in_the_family_table(path):
 def test_importing_has_no_side_effect():
     code = "import sys, jqlib; sys.exit(any(m in sys.modules for m in ('matplotlib', 'papermill', 'datasets')))"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], check=False).returncode == 0
+
+
+def test_what_is_imported_is_declared():
+    """A package that came with another one would be gone with it."""
+    notebooks = [cell.source for name in NAMES for cell in read(name).cells if cell.cell_type == "code"]
+    trees = [ast.parse(source) for source in [*notebooks, *(path.read_text() for path in MODULES)]]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names = {name.split(".")[0] for name in names} - {*sys.stdlib_module_names, "jqlib"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    declared = {re.match(r"[\w-]+", each)[0].lower().replace("-", "_") for each in declared}
+    assert {{"yaml": "pyyaml"}.get(name, name).lower() for name in names} <= declared
 
 
 def test_environment_installs_what_pyproject_says(tmp_path):

@@ -2,6 +2,7 @@
 
 import nbformat
 import pandas as pd
+import pytest
 from nbclient import NotebookClient
 
 from jqlib.lab import plots
@@ -26,3 +27,9 @@ def test_rows_without_an_interval_or_below_fp_are_drawn():
     assert [text.get_text() for text in left.texts] == ["-0.01", "0.50"]  # the best at the top
     assert [text.get_text() for text in right.texts] == ["0.02", "0.40"]
     assert left.get_xscale() == right.get_xscale() == "log"
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1.0])
+def test_errors_of_any_size_have_a_colour(size):
+    """At 12 bits and more they are below 1e-6."""
+    plots.heatmaps({"a": pd.DataFrame([[size, size / 2]]), "b": pd.DataFrame([[size, 0.0]])}, "error")

@@ -33,12 +33,12 @@ def _load_backend() -> None:
 
 def heatmaps(tables: Mapping[str, pd.DataFrame], bar: str, rows: str = "layer") -> Figure:
     """Tables side by side (rows down, columns across) on one logarithmic colour scale, which ``bar`` names."""
-    low = min(float(t.to_numpy().min()) for t in tables.values())
-    high = max(float(t.to_numpy().max()) for t in tables.values())
+    high = max(float(t.to_numpy().max()) for t in tables.values()) or 1.0
+    low = max(min(float(t.to_numpy().min()) for t in tables.values()), 1e-6 * high)
     with styled():
         figure, axes = plt.subplots(1, len(tables), figsize=(3.2 * len(tables) + 1, 5), sharey=True, squeeze=False)
         for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
-            image = axis.imshow(table, aspect="auto", norm=LogNorm(max(low, 1e-6), high))
+            image = axis.imshow(table, aspect="auto", norm=LogNorm(low, high))
             axis.set(title=title, xticks=range(table.shape[1]), xticklabels=table.columns, xlabel=table.columns.name)
             axis.yaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(False)
