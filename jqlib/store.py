@@ -28,6 +28,7 @@ from jqlib.memory import PeakMemory, release
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "pandas", "matplotlib", "papermill")
 DECIDING = ("torch", "transformers")  # their versions decide what an artifact holds
 
+DPI = 160  # of figures: sharp on a dense screen
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what a damaged file may raise
 
 Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
@@ -168,7 +169,7 @@ def save_results(config: Config, notebook: str, metrics: dict) -> Path:
 
 def save_figure(config: Config, figure, name: str) -> None:
     """Write a matplotlib figure to ``figures/<name>.png``."""
-    write(config.folder / "figures" / f"{name}.png", lambda to: figure.savefig(to, format="png"))
+    write(config.folder / "figures" / f"{name}.png", lambda to: figure.savefig(to, format="png", dpi=DPI))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -101,6 +101,31 @@ def what_4_bits_sees(tokens: Mapping[str, np.ndarray], bits: int = 4) -> Figure:
         return figure
 
 
+def signs(matrices: Mapping[str, np.ndarray]) -> Figure:
+    """Matrices of ±1, by their order: dark +1, light −1."""
+    with styled():
+        figure, axes = plt.subplots(1, len(matrices), figsize=(3 * len(matrices), 3), squeeze=False)
+        for axis, (order, H) in zip(axes[0], matrices.items(), strict=True):
+            axis.imshow(H, cmap="cividis_r", vmin=-1.4, vmax=1.4)
+            axis.set(title=f"order {order}", xticks=[], yticks=[], xlabel="dark +1, light −1")
+            axis.grid(False)
+        return figure
+
+
+def bound(before: Sequence[float], after: Sequence[float], line: float, bits: int) -> Figure:
+    """Each token's relative rounding error, before and after a rotation, in per cent, and a bound on the second."""
+    with styled():
+        figure, axis = plt.subplots(figsize=(7.5, 4.3))
+        axis.plot(100 * np.asarray(before), 100 * np.asarray(after), ".", ms=2, alpha=0.3, rasterized=True)
+        axis.axhline(100 * line, color="k", ls="--", lw=1, label=f"8 ln n / (12 · {2**bits - 1}²) = {line:.2%}")
+        top = 1.05 * 100 * max(*before, *after)
+        axis.plot([0, top], [0, top], color="0.6", lw=1, label="no gain")
+        axis.set(xlabel=f"{bits}-bit error of a token as it is (%)", ylabel="rotated (%)", xlim=(0, top))
+        axis.set(ylim=(0, 100 * max(line * 1.5, max(after) * 1.05)))
+        axis.legend(loc="upper right")
+        return figure
+
+
 def explored(y: Tensor, words: Sequence[str], bits: int, worst: int = 8) -> Figure:
     """One site's tokens, (tokens, n): their values, the range of each, and the tokens that ``bits`` hurt most.
 

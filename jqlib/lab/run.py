@@ -151,6 +151,8 @@ def write_html(notebooks: list[Path], to: Path) -> None:
     merged.cells = [cell for path in notebooks for cell in nbformat.read(path, as_version=4).cells]
     for i, cell in enumerate(merged.cells):
         cell.id = f"cell-{i}"  # each notebook counts from 0
+        if cell.cell_type == "code":  # progress is no result
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     merged.metadata["title"] = "JointQuant"
     exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
     body, _ = exporter.from_notebook_node(merged)
