@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from nbclient import NotebookClient
 
-from jqlib.lab import plots
+from jqlib.lab import diagram, plots
 
 
 def test_a_notebook_shows_every_figure():
@@ -33,3 +33,17 @@ def test_rows_without_an_interval_or_below_fp_are_drawn():
 def test_errors_of_any_size_have_a_colour(size):
     """At 12 bits and more they are below 1e-6."""
     plots.heatmaps({"a": pd.DataFrame([[size, size / 2]]), "b": pd.DataFrame([[size, 0.0]])}, "error")
+
+
+def test_the_diagram_undoes_what_it_turns():
+    """What a stripe puts on an output, a stripe or a diamond takes off the input that reads it."""
+    for start, end in diagram.ARROWS:
+        out, into = diagram.BOXES[start][3], diagram.BOXES[end][2]
+        assert out is None or end == "attention"  # V's R2 passes attention, which mixes tokens, not channels
+        assert into in (None, "R1", "R2", "R4")
+    assert diagram.BOXES["v"][3] == diagram.BOXES["o"][2] == "R2"
+    for name in ("embed", "o", "down"):
+        assert diagram.BOXES[name][3] == "R1"
+    for name in ("q, k", "v", "up, gate", "head"):
+        assert diagram.BOXES[name][2] == "R1"
+    diagram.layer_diagram()
