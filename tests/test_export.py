@@ -195,10 +195,40 @@ def test_what_a_form_cannot_say(small, tmp_path, form, settings, message):
     assert not (tmp_path / "out").exists()  # nothing was calibrated
 
 
-def test_clips_are_refused(small, tmp_path):
-    clipped = replace(RECIPES["rtn"], a_clip=0.9)
+@pytest.mark.parametrize("changes", [{"a_clip": 0.9}, {"tune": True}, {"weights": "gptq", "layerwise": True}])
+def test_clips_are_refused(small, tmp_path, changes):
+    """Those that would be learned, too."""
     with pytest.raises(ValueError, match="its activations are clipped"):
-        export(small(), "compressed-tensors", tmp_path / "to", clipped)
+        export(small(), "compressed-tensors", tmp_path / "to", replace(RECIPES["rtn"], **changes))
+
+
+def test_what_gguf_cannot_say_of_a_model(small, tmp_path, tiny_tokenizer):
+    rope = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}
+    config = small("llama", WIDE | rope, recipe="deploy")
+    with pytest.raises(ValueError, match="its RoPE is of type 'yarn'; written are default, linear, llama3"):
+        export(config, "gguf", tmp_path / "to")
+    random_model("llama", **WIDE).save_pretrained(config.model)
+    tiny_tokenizer.save_pretrained(config.model)
+    with pytest.raises(ValueError, match="a tokenizer of kind WordLevel that splits text by Split in a way of its own"):
+        export(config, "gguf", tmp_path / "to")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scaled_rope_is_written_as_factors(small, tmp_path):
+    """llama.cpp divides its frequencies by rope_freqs.weight; transformers' reader would drop it: get_model refuses."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    config = small(
+        "llama", WIDE | {"rope_parameters": rope, "attention_bias": False, "mlp_bias": False}, recipe="deploy"
+    )
+    export(config, "gguf", tmp_path / "to")
+    stored = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "to" / "model.gguf").tensors}
+    factors = torch.tensor(stored["rope_freqs.weight"].data)
+    plain = 1e4 ** (-torch.arange(0, 16, 2) / 16)
+    torch.testing.assert_close(plain / factors, get_model(config.model).model.rotary_emb.inv_freq)
+    assert factors.max() == pytest.approx(8.0)
+    with pytest.raises(ValueError, match=r"not for rope_freqs.weight"):
+        get_model(str(tmp_path / "to" / "model.gguf"))
 
 
 def test_sliding_windows_are_not_lost(small, tmp_path):

@@ -2,7 +2,8 @@
 
 from jqlib.config import Config
 from jqlib.model.families import head_dim_in
-from jqlib.model.load import load_config
+from jqlib.model.gguf_file import splits_of
+from jqlib.model.load import get_tokenizer, load_config
 from jqlib.recipes import RECIPES, Recipe
 from jqlib.transform.grids import OFF
 
@@ -11,6 +12,7 @@ ENGINES = ("compressed-tensors", "gguf")  # whose programs know nothing of us
 BLOCK = 32  # weights that share a scale in GGUF's Q4_0
 CHOSEN_THERE = 8  # bits of activations from which on an engine may choose their grid itself: it costs next to nothing
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # GGUF's, by model_type
+ROPES = ("default", "linear", "llama3")  # those whose frequencies, each divided by a number, say it all
 DEPLOY = "the recipe made for engines is deploy; the form that holds everything is jointquant"
 
 
@@ -29,7 +31,8 @@ def reason_against(form: str, config: Config, recipe: Recipe) -> str | None:
         return None
     if recipe.online:
         return f"Hadamard transforms would run online, and engines drop them without a word; {DEPLOY}"
-    if config.a_bits < CHOSEN_THERE and recipe.a_clip not in (None, 1.0):
+    learns = "clip" in recipe.refine or recipe.layerwise or recipe.tune
+    if config.a_bits < CHOSEN_THERE and not (recipe.a_clip is None or (recipe.a_clip == 1 and not learns)):
         return f"its activations are clipped, which engines don't do; {DEPLOY}"
     if config.kv_bits < OFF:
         return f"kv_bits={config.kv_bits}: its keys are rotated (R3). Let the engine round its own cache"
@@ -55,6 +58,12 @@ def _gguf(config: Config) -> str | None:
         return f"{odd[0]} is no multiple of {BLOCK}, the weights that share a scale in Q4_0 (w_groupsize, channels)"
     if {*(getattr(shape, "layer_types", None) or ())} - {"full_attention"} or _slides(shape):
         return "it has sliding windows, which its GGUF would lose"
+    if (kind := (getattr(shape, "rope_parameters", None) or {}).get("rope_type", "default")) not in ROPES:
+        return f"its RoPE is of type {kind!r}; written are {', '.join(ROPES)}"
+    try:
+        splits_of(get_tokenizer(config.model))
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -1,6 +1,5 @@
 """The model card of an exported folder: what it is, its figures and how they were measured, how to load it."""
 
-import json
 from dataclasses import asdict
 
 from huggingface_hub import ModelCard
@@ -31,36 +30,53 @@ IS = {
 }  # fmt: skip
 
 
+CARD = """---
+library_name: {library}
+license: {licence}
+base_model: {model}
+tags: [jointquant]
+---
+
+# {model}: {label}
+
+{what}
+
+```
+{loads}
+```
+
+## Figures
+
+| | perplexity | 95% interval | KL from FP |
+|---|---|---|---|
+{rows}
+
+A weight of the layers takes {bits:.3f} bits in these files. Rounding is simulated in these figures; an engine's own
+kernels differ a little. Protocol:
+
+{protocol}
+
+## How it was made
+
+```
+{command}
+```
+
+jointquant at commit {commit}, {versions}. Settings and rows: `jointquant.json`; the transforms of all sites:
+`rotations/transforms.safetensors`.
+"""
+
+
 def card(config: Config, recipe: Recipe, form: str, rows: dict[str, dict], bits: float) -> str:
     """Markdown, with the metadata that the hub reads. ``rows``: of notebook 05; ``bits``: that a weight takes."""
-    settings = asdict(config)
-    about = {"library_name": "llama.cpp" if form == "gguf" else "transformers", "license": licence_of(config.model)}
-    about |= {"base_model": config.model, "tags": ["jointquant", recipe.label]}
-    lines = ["---", *(f"{name}: {json.dumps(value)}" for name, value in about.items()), "---", ""]
-    lines += [f"# {config.model}, {recipe.label}", "", IS[form].format(**settings), "", "```"]
-    lines += [
-        LOADS[form],
-        "```",
-        "",
-        "## Figures",
-        "",
-        "| | perplexity | 95% interval | KL from FP |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {name} | {r['ppl']:.3f} | {_span(r)} | {r['kl']:.4f} |" for name, r in rows.items()]
-    lines += [
-        "",
-        f"A weight of the layers takes {bits:.3f} bits in these files. Rounding is simulated in these figures;",
-    ]
-    lines += [
-        "an engine's own kernels differ a little. Protocol:",
-        "",
-        *(f"* {name}: {value}" for name, value in pipeline.protocol(config).items()),
-    ]
-    lines += ["", "## How it was made", "", "```", _command(config, form), "```", ""]
-    lines += [f"jointquant at commit {git_commit()}, {', '.join(f'{k} {v}' for k, v in versions().items())}.", ""]
-    lines += ["Settings and rows: `jointquant.json`; transforms of all sites: `rotations/transforms.safetensors`.", ""]
-    return "\n".join(lines)
+    return CARD.format(
+        library="llama.cpp" if form == "gguf" else "transformers", licence=licence_of(config.model),
+        model=config.model, label=recipe.label, what=IS[form].format(**asdict(config)), loads=LOADS[form], bits=bits,
+        rows="\n".join(f"| {name} | {r['ppl']:.3f} | {_span(r)} | {r['kl']:.4f} |" for name, r in rows.items()),
+        protocol="\n".join(f"* {name}: {value}" for name, value in pipeline.protocol(config).items()),
+        command=_command(config, form), commit=git_commit(),
+        versions=", ".join(f"{name} {version}" for name, version in versions().items()),
+    )  # fmt: skip
 
 
 def _span(row: dict) -> str:

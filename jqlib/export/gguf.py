@@ -78,8 +78,6 @@ def _orders(model: nn.Module) -> dict[str, Tensor]:
 def _rope_factors(model: nn.Module) -> Tensor | None:
     """What a scaled RoPE's frequencies are divided by; None if it is not scaled."""
     rope = model.get_submodule("model.rotary_emb")
-    if rope.attention_scaling != 1:
-        raise ValueError(f"RoPE of type {rope.rope_type!r} also scales attention: not written as GGUF here")
     exponents = torch.arange(0, 2 * len(rope.inv_freq), 2) / (2 * len(rope.inv_freq))
     factors = _theta(model) ** -exponents / rope.inv_freq.cpu().float()
     return None if torch.allclose(factors, torch.ones(()), rtol=1e-5) else factors
