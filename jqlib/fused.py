@@ -10,6 +10,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+VARIANTS = 64  # of a function: for dtypes, groups ragged or not, and the like; torch's own limit is 8
 LARGE = 2**16  # numbers; below it there is nothing to win
 
 
@@ -32,7 +33,7 @@ def fused(function: Callable) -> Callable:
                 if compiled is None:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # torch's own, about itself
-                        compiled = torch.compile(function, dynamic=True)
+                        compiled = torch.compile(function, dynamic=True, recompile_limit=VARIANTS)
                         return compiled(x, *more)  # it is compiled now
                 return compiled(x, *more)
         except Exception as error:  # torch names no type for what its compilers may raise

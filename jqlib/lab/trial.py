@@ -26,7 +26,7 @@ from jqlib.model.families import by_layer
 from jqlib.model.load import get_tokenizer, load_config
 from jqlib.model.walk import tokens_at_once
 
-LAYERS = 1, 3
+LAYERS = 2, 8  # with fewer, what does not grow with them hides what does: memory was half off
 STEPS = 1, 8
 UNIT = {"fp_hidden": "eval_windows", "evaluation": "eval_windows"} | dict.fromkeys(
     ("lessons", "r1_output", "transforms", "weights", "tuned"), "refine_steps"
