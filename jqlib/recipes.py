@@ -76,7 +76,7 @@ RECIPES = {
     ),
     "deploy": replace(
         BEST, label="Deploy: for engines, W4 in groups of 32, A8", online=(), a_clip=None, o_per_head=False,
-        w_groupsize=32, a_bits=8, refine=("R1", "R2", "scale", "smooth"),
+        w_groupsize=32, a_bits=8, refine=(),
     ),
 }  # fmt: skip
 SMOOTHED_BY_CHOICE = (

@@ -11,8 +11,9 @@ from gguf import GGUFReader, dequantize
 from test_families import KINDS, random_model
 from transformers import AutoModelForCausalLM
 
-from jqlib import get_model, pipeline
+from jqlib import get_model, get_tokenizer, pipeline
 from jqlib.config import make_config
+from jqlib.export import run_gguf
 from jqlib.export.compressed import group_of
 from jqlib.export.export import export
 from jqlib.quant.packed import codes_of, rounded_linears
@@ -117,6 +118,21 @@ def test_gguf_holds_the_codes(small, tmp_path, tokens, kind, tied):
         assert torch.equal(read.get_submodule(name).weight, linear.weight), name
     expected = logits_of(model, tokens())
     assert (logits_of(read, tokens()) - expected).abs().max() < 1e-2 * expected.abs().max()  # float16 embeddings
+
+
+@pytest.mark.skipif(not run_gguf.installed(), reason="the extra run is not installed")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_llama_cpp_says_what_we_say(small, tmp_path, kind):
+    """Greedy, from the same prompt; weights in float16, for with codes it also rounds activations, in its own way."""
+    shape = WIDE | {"tie_word_embeddings": False, "sliding_window": None, "use_sliding_window": False}
+    config = small(kind, shape | {"attention_bias": False, "mlp_bias": False}, recipe="rtn", w_bits=16, a_bits=16)
+    export(config, "gguf", tmp_path / "to")
+    told = run_gguf.run_gguf(tmp_path / "to" / "model.gguf", "The quick brown", tokens=3, threads=1)
+    model, tokenizer = measured(config), get_tokenizer(config.model)
+    ids = tokenizer("The quick brown", return_tensors="pt").input_ids
+    ours = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert told["text"] == tokenizer.decode(ours)
+    assert told["tokens_a_second"] > 0
 
 
 def test_gguf_holds_the_fp_model_in_float16(small, tmp_path):
