@@ -20,7 +20,7 @@ if __name__ == "__main__":
     dtype = sys.argv[3] if len(sys.argv) > 3 else "bfloat16"
     model = LLM(folder, dtype=dtype, max_model_len=len(windows[0]) + 8, max_num_seqs=1, enable_prefix_caching=False)
     asked = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0.0)
-    answers = model.generate([{"prompt_token_ids": window} for window in windows], asked)
+    answers = model.generate([{"prompt_token_ids": window} for window in windows], asked, use_tqdm=False)
     nll = []
     for answer, window in zip(answers, windows, strict=True):
         said = [logprobs[token].logprob for logprobs, token in zip(answer.prompt_logprobs[1:], window[1:], strict=True)]
