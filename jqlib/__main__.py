@@ -21,10 +21,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="run the notebooks on a model", allow_abbrev=False)
-    run_parser.add_argument("-f", "--file", type=Path, help="run file: YAML with any of the parameters below")
     run_parser.add_argument("--only", help="notebooks to run, by number: 02,05")
-    for name in KINDS:
-        _add_flag(run_parser, name)
+    _add_parameters(run_parser)
     _add_sweep(commands)
     info_parser = commands.add_parser(
         "info", help="sites, sizes, memory and time of a model, and what is on disk", allow_abbrev=False
@@ -38,13 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     export_parser = commands.add_parser(
         "export", help="write a recipe's model as a folder that other programs load", allow_abbrev=False
     )
-    export_parser.add_argument("-f", "--file", type=Path, help="run file: YAML with any of the parameters below")
     forms = "hf: rotated FP model; gguf: llama.cpp; compressed-tensors: transformers, vLLM; jointquant: all of it"
     export_parser.add_argument("--format", required=True, choices=FORMS, help=forms)
     export_parser.add_argument("--to", required=True, type=Path, metavar="FOLDER", help="a new folder")
     export_parser.add_argument("--overwrite", action="store_true", help="FOLDER may be an earlier export")
-    for name in KINDS:
-        _add_flag(export_parser, name)
+    _add_parameters(export_parser)
     study_parser = commands.add_parser("study", help="what takes hours on the embedded model: figures/study.json")
     study_parser.add_argument("--minutes", type=float, help="begin no row after so many minutes (all rows)")
     study_parser.add_argument("--device", default=Config.device, help=HELP["device"])
@@ -74,16 +70,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    return run({**read_run_file(arguments.file), **_given(arguments)}, arguments.only)
+    return run(_parameters(arguments), arguments.only)
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from jqlib.export.export import export
 
-    config = make_config(with_absolute_paths({**read_run_file(arguments.file), **_given(arguments)}))
+    config = make_config(with_absolute_paths(_parameters(arguments)))
     check_inputs(config)
     print(export(config, arguments.format, arguments.to, overwrite=arguments.overwrite))
     return 0
+
+
+def _parameters(arguments: argparse.Namespace) -> dict:
+    """Those of the run file, and of the flags, which win."""
+    return {**read_run_file(arguments.file), **_given(arguments)}
 
 
 def _given(arguments: argparse.Namespace) -> dict:
@@ -180,6 +181,13 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of runs, 1 or more, got {text!r}")
     return int(text)
+
+
+def _add_parameters(parser: argparse.ArgumentParser) -> None:
+    """A run file, and all parameters as flags: what `_parameters` reads."""
+    parser.add_argument("-f", "--file", type=Path, help="run file: YAML with any of the parameters below")
+    for name in KINDS:
+        _add_flag(parser, name)
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:

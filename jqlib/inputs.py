@@ -44,11 +44,11 @@ def evaluation_windows(config: Config) -> Windows:
     )  # fmt: skip
 
 
-def text_for(config: Config, tokens: int) -> Tensor:
-    """As many calibration windows as so many ``tokens`` of text need, or as there are."""
+def text_for(config: Config, tokens: int, least: int = 1) -> Tensor:
+    """As many calibration windows as so many ``tokens`` of text need, or as there are, at ``least`` so many."""
     needed = max(1, -(-tokens // config.seqlen))
     tokenizer = load.get_tokenizer(config.model)
-    return get_calibration_data(tokenizer, needed, config.seqlen, config.calib_dataset, config.seed, least=1)
+    return get_calibration_data(tokenizer, needed, config.seqlen, config.calib_dataset, config.seed, least=least)
 
 
 def steps_of(s, seed: int = 0, **more) -> Steps:

@@ -58,6 +58,10 @@ def tokens():
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """One token a character, ids below the tiny model's vocabulary."""
+    return make_tiny_tokenizer()
+
+
+def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(VOCABULARY)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?")

@@ -142,6 +142,9 @@ def test_gguf_holds_the_fp_model_in_float16(small, tmp_path):
     read, model = get_model(str(tmp_path / "to" / "model.gguf"), dtype=torch.float32), get_model(config.model)
     for name, weight in model.named_parameters():
         assert torch.equal(read.get_parameter(name), weight.half().float() if weight.ndim == 2 else weight), name
+    stored = {tensor.name for tensor in GGUFReader(tmp_path / "to" / "model.gguf").tensors}
+    assert model.config.tie_word_embeddings
+    assert "output.weight" not in stored  # the head is the embedding: it comes once
 
 
 @pytest.mark.parametrize(("kind", "settings"), [

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from jqlib import pipeline
 from jqlib.config import Config
 from jqlib.export.can import CHOSEN_THERE
-from jqlib.export.hf import write_folder
+from jqlib.export.hf import checkpoint_of, write_folder
 from jqlib.model.families import family_of, head_dim_of, rejoined, sites_of
-from jqlib.quant.keep import kept_apart
 from jqlib.quant.packed import packed_codes, rounded_linears, unpack
 from jqlib.recipes import Recipe
 from jqlib.transform.grids import spread
@@ -28,9 +27,8 @@ def write(config: Config, recipe: Recipe, tokenizer, to: Path) -> None:
     (per head at o_proj, where the recipe does); from 8 bits on their grid is the engine's choice.
     """
     model = pipeline.quantised(config, recipe, config.w_bits, config.a_bits)
-    rounded = rounded_linears(model)
-    tensors = {name: p for name, p in model.state_dict().items() if not kept_apart(name, rounded)}
-    for name, linear in rounded.items():
+    tensors = checkpoint_of(model)
+    for name, linear in rounded_linears(model).items():
         tensors |= {f"{name}.{what}": tensor for what, tensor in _stored(linear).items()}
     tensors = rejoined(model, tensors)
     for name in [name for name in tensors if name.endswith("weight_shape")]:

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from jqlib import pipeline
 from jqlib.config import Config
 from jqlib.export.can import ARCHITECTURES, BLOCK
+from jqlib.export.hf import checkpoint_of
 from jqlib.model.families import head_dim_of, sites_of
 from jqlib.model.gguf_file import splits_of
-from jqlib.quant.keep import kept_apart
 from jqlib.quant.packed import packed_codes, rounded_linears, unpack
 from jqlib.recipes import Recipe
 from jqlib.transform.grids import spread
@@ -35,13 +35,12 @@ def write(config: Config, recipe: Recipe, tokenizer, to: Path) -> None:
     _add_tokenizer(writer, tokenizer, model.config.vocab_size)
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(kind, model.config.num_hidden_layers)
-    orders, rounded = _orders(model) if architecture in PERMUTED else {}, rounded_linears(model)
-    for name, tensor in model.state_dict().items():
-        if not kept_apart(name, rounded) and not (model.config.tie_word_embeddings and tensor is _head(model)):
-            dtype = torch.float32 if tensor.ndim == 1 else torch.float16
-            rows = orders.get(name.rpartition(".")[0], slice(None))
-            writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor[rows].to(dtype).cpu().numpy())
-    for name, linear in tqdm(rounded.items(), "writing GGUF", unit="linear"):
+    orders = _orders(model) if architecture in PERMUTED else {}
+    for name, tensor in checkpoint_of(model).items():
+        dtype = torch.float32 if tensor.ndim == 1 else torch.float16
+        rows = orders.get(name.rpartition(".")[0], slice(None))
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor[rows].to(dtype).cpu().numpy())
+    for name, linear in tqdm(rounded_linears(model).items(), "writing GGUF", unit="linear"):
         blocks = q4_0(linear)[orders.get(name, slice(None))]
         to_name = names.get_name(f"{name}.weight", (".weight",))
         writer.add_tensor(to_name, blocks, raw_dtype=GGMLQuantizationType.Q4_0)
@@ -127,7 +126,3 @@ def _add_tokenizer(writer: GGUFWriter, tokenizer, vocabulary: int) -> None:
     writer.add_add_bos_token(first == tokenizer.bos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
-
-
-def _head(model: nn.Module) -> Tensor:
-    return model.get_output_embeddings().weight

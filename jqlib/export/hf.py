@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from jqlib import pipeline
 from jqlib.config import Config
 from jqlib.model.families import family_of, rejoined
+from jqlib.quant.keep import unrounded
 from jqlib.recipes import Recipe
 from jqlib.transform.build import build
 
@@ -17,7 +18,13 @@ def write(config: Config, recipe: Recipe, tokenizer, to: Path) -> None:
     model = pipeline.load_model(config)
     merged = {name: transform.split()[0] for name, transform in pipeline.transforms(config, recipe).items()}
     build(model, {name: transform.to(model.device) for name, transform in merged.items()})
-    write_folder(model, model.state_dict(), {}, tokenizer, to)
+    write_folder(model, checkpoint_of(model), {}, tokenizer, to)
+
+
+def checkpoint_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors but for rounded weights and what stands at the sites; a tied head comes once, as the embedding."""
+    tied = f"{family_of(model).head}.weight" if model.config.tie_word_embeddings else None
+    return {name: tensor for name, tensor in unrounded(model).items() if name != tied}
 
 
 def write_folder(
@@ -31,6 +38,5 @@ def write_folder(
     shape.save_pretrained(to)
     model.generation_config.save_pretrained(to)
     tokenizer.save_pretrained(to)
-    tied = {f"{family_of(model).head}.weight"} if shape.tie_word_embeddings else set()
-    tensors = {name: tensor.contiguous() for name, tensor in rejoined(model, tensors).items() if name not in tied}
+    tensors = {name: tensor.contiguous() for name, tensor in rejoined(model, tensors).items()}
     save_torch_state_dict(tensors, to, metadata={"format": "pt"})

@@ -22,8 +22,8 @@ class CodedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.bits = plain.in_features, plain.out_features, bits
         self.groupsize = min(groupsize, self.in_features)
-        columns, dtype = (-(-self.in_features // 2), torch.uint8) if bits <= 4 else (self.in_features, torch.int16)
-        dtype = torch.int8 if 4 < bits <= 8 else dtype
+        columns = -(-self.in_features // 2) if bits <= 4 else self.in_features  # two to a byte
+        dtype = torch.uint8 if bits <= 4 else torch.int8 if bits <= 8 else torch.int16
         self.register_buffer("codes", torch.zeros(self.out_features, columns, dtype=dtype))
         self.register_buffer("scale", torch.zeros(self.out_features, -(-self.in_features // self.groupsize)))
         self.bias = plain.bias
@@ -31,7 +31,7 @@ class CodedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         codes = self.codes
-        if self.bits <= 4:  # two to a byte, the first in the low half
+        if self.bits <= 4:  # the first in the low half
             codes = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, : self.in_features].float() - 8
         scale = self.scale.float().repeat_interleave(self.groupsize, -1)[:, : self.in_features]
         return codes.float() * scale

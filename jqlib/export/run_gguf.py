@@ -19,7 +19,7 @@ def installed() -> bool:
 
 def run_gguf(path: Path, prompt: str, tokens: int = 64, threads: int | None = None) -> dict:
     """What llama.cpp goes on with, the likeliest token each time: ``text``, ``tokens_a_second`` while generating, and
-    its ``peak_rss_bytes`` (None where that is not known), beside ``file_bytes``.
+    its ``peak_rss_bytes`` (None where that is not known).
 
     Raises ModuleNotFoundError without the extra, ValueError for a file that llama.cpp does not run.
     """
@@ -31,7 +31,7 @@ def run_gguf(path: Path, prompt: str, tokens: int = 64, threads: int | None = No
         told = [line for line in done.stderr.splitlines() if "rror" in line]
         said = told[-1] if told else f"exit status {done.returncode}"
         raise ValueError(f"llama.cpp can't run {path}: {said}")
-    return json.loads(done.stdout.strip().rpartition("\n")[2]) | {"file_bytes": path.stat().st_size}
+    return json.loads(done.stdout.strip().rpartition("\n")[2])
 
 
 def _generated(path: str, prompt: str, tokens: int, threads: int) -> dict:
@@ -44,9 +44,7 @@ def _generated(path: str, prompt: str, tokens: int, threads: int) -> dict:
     asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0}
     server.handle_completions(asked | {"max_tokens": 2})  # warm
     found = server.handle_completions(asked)
-    found = json.loads(found) if isinstance(found, str) else found
-    speed = found["timings"]["predicted_per_second"]
-    text = found["choices"][0]["text"]
+    text, speed = found["choices"][0]["text"], found["timings"]["predicted_per_second"]
     return {"text": text, "tokens_a_second": speed, "peak_rss_bytes": peak.measured()["peak_rss_bytes"]}
 
 

@@ -4,7 +4,15 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+from jupyter_client.kernelspec import KernelSpecManager
+from torch import Tensor
+
 from jqlib.config import Config
+from jqlib.inputs import evaluation_windows, text_for
+from jqlib.model.load import folder_of, load_config
+from jqlib.model.stream import files_of
+from jqlib.transform.selfcheck import check_family
 
 RUN = 13  # tokens in a row that hardly come twice in texts that do not share a source
 FEW = 0.001  # of them that are no news
@@ -12,13 +20,6 @@ FEW = 0.001  # of them that are no news
 
 def check_inputs(config: Config) -> None:
     """A device or model that is missing or not supported, or a text too short, fails here and not after an hour."""
-    import torch
-
-    from jqlib.inputs import evaluation_windows, load_calibration, text_for
-    from jqlib.model.load import folder_of, load_config
-    from jqlib.model.stream import files_of
-    from jqlib.transform.selfcheck import check_family
-
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
@@ -34,8 +35,8 @@ def check_inputs(config: Config) -> None:
     longest = max(config.seqlen, config.eval_seqlen)
     if longest > shape.max_position_embeddings:
         print(f"warning: windows of {longest} tokens: the model is for {shape.max_position_embeddings} at most")
-    tokens = max(load_calibration(config).numel(), config.refine_steps * config.step_tokens)
-    evaluated, learned = evaluation_windows(config), text_for(config, tokens)
+    tokens = max(config.nsamples * config.seqlen, config.refine_steps * config.step_tokens)
+    learned, evaluated = text_for(config, tokens, config.nsamples), evaluation_windows(config)
     if (largest := max(learned.max().item(), evaluated.ids.max().item())) >= shape.vocab_size:
         raise ValueError(f"{config.model}: its tokenizer gives the token {largest}, but the model knows "
                          f"{shape.vocab_size}: is the tokenizer its own?")  # fmt: skip
@@ -46,11 +47,10 @@ def check_inputs(config: Config) -> None:
         print("warning: all evaluation windows are from one article: no interval. Ask for more by --eval_windows")
 
 
-def shared(learned, evaluated) -> float:
+def shared(learned: Tensor, evaluated: Tensor) -> float:
     """The share of runs of RUN tokens in windows (windows, seqlen) that are in others too."""
-    import torch
 
-    def runs(windows):
+    def runs(windows: Tensor) -> Tensor:
         count, found = max(0, windows.shape[1] - RUN + 1), torch.zeros(1, dtype=torch.long)
         for k in range(RUN):
             found = found * 6_364_136_223_846_793_005 + windows[:, k : k + count] + 1  # modulo 2^64
@@ -61,8 +61,6 @@ def shared(learned, evaluated) -> float:
 
 def check_kernel() -> None:
     """ValueError if the notebooks would run in another Python than this one."""
-    from jupyter_client.kernelspec import KernelSpecManager
-
     spec = KernelSpecManager().get_kernel_spec("python3")
     python, ours = spec.argv[0], sys.executable
     if not re.fullmatch(r"python[\d.]*", python) and Path(python).absolute().parent != Path(ours).absolute().parent:

@@ -1,6 +1,7 @@
 """A model folder's files are whole, or the one that is not is named: before anything is loaded, in milliseconds."""
 
 import json
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -9,9 +10,10 @@ POINTER = b"version https://git-lfs"
 REMEDY = "Is the download whole? Fetch it again"
 
 
-def check_files(folder: Path) -> None:
+@cache
+def check_files(folder: Path, content: str) -> None:
     """Raises ValueError for a file of weights or of JSON in a model folder that can't be what its name says, and for a
-    model that is quantised already.
+    model that is quantised already. ``content``: the folder's fingerprint, for it is read once.
     """
     for path in sorted(folder.iterdir()):
         if path.suffix not in (".safetensors", ".json"):

@@ -120,7 +120,7 @@ def _source(name: str) -> dict:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise FileNotFoundError(f"{path} has no config.json: not a model folder in Hugging Face's layout")
-        check_files(path)
+        check_files(path, fingerprint(name))
         return {"pretrained_model_name_or_path": path}
     if path.exists() or looks_like_path:
         problem = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"

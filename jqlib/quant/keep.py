@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from jqlib.model.families import attentions_of, sites_of, split
@@ -26,7 +26,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     """
     rounded = rounded_linears(model)
     transforms, layouts = packed(standing(model))
-    weights = {name: p for name, p in model.state_dict().items() if not kept_apart(name, rounded)}
+    weights = unrounded(model)
     kv_grid = getattr(attentions_of(model)[0], "kv_grid", None)
     about = {
         "config": model.config.to_dict(), "done": sorted(done(model)), "transforms": layouts,
@@ -44,6 +44,12 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unrounded(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state but for what is kept as codes and scales, or with its transform."""
+    rounded = rounded_linears(model)
+    return {name: tensor for name, tensor in model.state_dict().items() if not _kept_apart(name, rounded)}
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -68,12 +74,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
         unpack_weights(model, tensors["rounded"], *about["grid"])
     missing, unexpected = model.load_state_dict(tensors["weight"], strict=False)
     rounded = rounded_linears(model)
-    if wrong := unexpected or [name for name in missing if not kept_apart(name, rounded)]:
+    if wrong := unexpected or [name for name in missing if not _kept_apart(name, rounded)]:
         raise ValueError(f"{path} does not fit its own config: {wrong[0]}")
     done(model).update(about["done"])
     return model.to(device)
 
 
-def kept_apart(name: str, rounded: dict[str, nn.Module]) -> bool:
+def _kept_apart(name: str, rounded: dict[str, nn.Module]) -> bool:
     """Whether a tensor of the model's state is kept as codes and scales, or with its transform."""
     return ".transform." in name or (name.endswith(".weight") and name.removesuffix(".weight") in rounded)

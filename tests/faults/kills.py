@@ -17,10 +17,8 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parent.parent))  # conftest
 
 import torch
-from conftest import make_tiny_model
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from conftest import make_tiny_model, make_tiny_tokenizer
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from jqlib import fused, pipeline
 from jqlib.config import make_config
@@ -35,9 +33,7 @@ TOLD = "nll", "kl_by_window", "ppl", "kl", "top1"
 
 def prepare(folder: Path) -> None:
     make_tiny_model().save_pretrained(folder / "model")
-    tokenizer = Tokenizer(models.WordLevel({chr(i): i for i in range(128)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder / "model")
+    make_tiny_tokenizer().save_pretrained(folder / "model")
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
 
 
