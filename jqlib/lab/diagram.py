@@ -4,7 +4,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from jqlib.lab.plots import styled
+from jqlib.lab.style import styled
 
 COLOURS = {"R1": "#0072B2", "R2": "#009E73", "R3": "#E69F00", "R4": "#D55E00"}
 BOXES = {  # name -> where it stands, and the rotations merged into its weight, (in, out)

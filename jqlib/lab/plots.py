@@ -1,7 +1,6 @@
 """The workbook's figures, in one style. Each function takes plain numbers and returns the figure."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,24 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 from torch import Tensor
 
+from jqlib.lab.style import colour_of, styled
 from jqlib.transform.grids import quantize_activation
-
-STYLE = "jqlib.lab.workbook"
-
-
-def styled():
-    """A context in the workbook's style.
-
-    A notebook's backend makes pyplot interactive when it is loaded. Loaded within the style, that would be undone
-    on leaving, and the notebook would show its first figure only.
-    """
-    _load_backend()
-    return plt.style.context(STYLE)
-
-
-@cache
-def _load_backend() -> None:
-    plt.switch_backend(plt.get_backend())
 
 
 def heatmaps(tables: Mapping[str, pd.DataFrame], bar: str, rows: str = "layer") -> Figure:
@@ -161,7 +144,7 @@ def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str, log: bool = Tr
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 4.3))
         for name, values in columns.items():
-            axis.plot(range(len(values)), values, marker="o", ms=3, label=name)
+            axis.plot(range(len(values)), values, marker="o", ms=3, label=name, color=colour_of(name))
         axis.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
@@ -176,7 +159,7 @@ def convergence(histories: Mapping[str, list[dict]], ylabel: str) -> Figure:
         figure, axis = plt.subplots(figsize=(7.5, 4))
         for name, history in histories.items():
             seconds = [max(h["seconds"], 0.02) for h in history]
-            axis.semilogx(seconds, [h["loss"] for h in history], label=name, marker="o", ms=2.5)
+            axis.semilogx(seconds, [h["loss"] for h in history], label=name, color=colour_of(name), marker="o", ms=2.5)
         axis.set(xlabel="seconds since the call (log)", ylabel=ylabel)
         axis.legend()
         return figure
@@ -190,8 +173,8 @@ def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
             ends = [(run[0]["seconds"], run[-1]["seconds"]) for run in runs]
             grid = np.geomspace(max(e[0] for e in ends), min(e[1] for e in ends), 60)  # where all runs are under way
             lines = [np.interp(grid, [h["seconds"] for h in run], [h["loss"] for h in run]) for run in runs]
-            axis.semilogx(grid, np.median(lines, 0), label=name)
-            axis.fill_between(grid, np.min(lines, 0), np.max(lines, 0), alpha=0.25)
+            axis.semilogx(grid, np.median(lines, 0), label=name, color=colour_of(name))
+            axis.fill_between(grid, np.min(lines, 0), np.max(lines, 0), alpha=0.25, color=colour_of(name))
         axis.set(xlabel="seconds since the call (log)", ylabel=ylabel)
         figure.legend(loc="outside lower center", ncol=2)
         return figure

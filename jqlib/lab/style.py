@@ -1,0 +1,36 @@
+"""How the workbook's figures look: one style file, and one colour a method in all of them."""
+
+from functools import cache
+
+import matplotlib.pyplot as plt
+
+STYLE = "jqlib.lab.workbook"
+COLOURS = {  # mostly Okabe and Ito's, by how a method's name begins: of several that fit, the longest
+    "FP": "#000000", "none": "#7F7F7F", "as it is": "#7F7F7F", "RTN": "#7F7F7F", "SmoothQuant": "#B0B0B0",
+    "Hadamard": "#0072B2", "QuaRot": "#0072B2", "Control": "#56B4E9", "DartQuant": "#E69F00", "SGD": "#E69F00",
+    "sgd": "#E69F00", "adam": "#CC79A7", "SpinQuant": "#CC79A7", "cayley": "#8B5E9E", "OSTQuant": "#8B5E9E",
+    "joint": "#009E73", "JointQuant": "#009E73", "range": "#D55E00", "joint, range": "#D55E00",
+    "JointQuant, best": "#D55E00", "output": "#D55E00", "greedy": "#A6761D", "JointQuant, online": "#F0C808",
+    "Hadamard online": "#1B3A57",
+}  # fmt: skip
+
+
+def styled():
+    """A context in the workbook's style.
+
+    A notebook's backend makes pyplot interactive when it is loaded. Loaded within the style, that would be undone
+    on leaving, and the notebook would show its first figure only.
+    """
+    _load_backend()
+    return plt.style.context(STYLE)
+
+
+def colour_of(method: str) -> str | None:
+    """The colour that a method has in every figure; None, the next of the style's, for one that has none."""
+    known = [name for name in COLOURS if method.startswith(name)]
+    return COLOURS[max(known, key=len)] if known else None
+
+
+@cache
+def _load_backend() -> None:
+    plt.switch_backend(plt.get_backend())
