@@ -1,12 +1,15 @@
 """Zero-shot questions: what share a model answers right, FP and quantised, on the same ones."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from jqlib import pipeline
 from jqlib.config import Config, named
 from jqlib.lab.checks import check_inputs
-from jqlib.model.answers import METRICS, find_task
-from jqlib.model.intervals import Interval, mean_interval, paired_interval
+from jqlib.model.answers import METRICS, find_task, lm_eval_version
+from jqlib.model.intervals import Interval, paired_interval
+from jqlib.model.questions import SETS
 from jqlib.recipes import Recipe
 from jqlib.store import save_results
 from jqlib.transform.grids import OFF
@@ -23,6 +26,8 @@ def zero_shot(config: Config, tasks: str, limit: int | None = None) -> pd.DataFr
     if config.stream:
         raise ValueError("stream=True: lm-eval calls the whole model: leave it out, or use a model that fits in memory")
     names = list(dict.fromkeys(named(tasks)))
+    if not names:
+        raise ValueError(f"tasks={tasks!r} names none: there are {', '.join(SETS)}")
     for name in names:
         find_task(name)
     check_inputs(config)
@@ -47,13 +52,21 @@ def row_of(
     tensors, values = pipeline.zero_shot_step(config, recipe, w_bits, a_bits, task, limit).get()
     row = {"label": recipe.label if recipe else "FP", "task": task, "w_bits": w_bits, "a_bits": a_bits}
     row |= {"kv_bits": config.kv_bits if recipe else OFF, "seed": config.seed, "limit": limit}
-    row |= {name: values[name] for name in ("questions", "chance", "seconds")}
+    row |= {name: values[name] for name in ("questions", "chance", "seconds")} | {"lm_eval": lm_eval_version()}
     for metric in METRICS:
         right = tensors[metric].tolist() if metric in tensors else []
         names = metric, f"{metric}_low", f"{metric}_high"
-        row |= dict(zip(names, mean_interval(right) if right else (None, None, None), strict=True))
+        row |= dict(zip(names, share_right(right) if right else (None, None, None), strict=True))
         row[f"{metric}_right"] = "".join(map(str, right))
     return row
+
+
+def share_right(right: Sequence[int]) -> Interval:
+    """The share of 1 among 0 and 1, with Wilson's 95% interval, which stays between 0 and 1."""
+    from scipy.stats import binomtest
+
+    low, high = binomtest(sum(right), len(right)).proportion_ci(method="wilson")
+    return Interval(sum(right) / len(right), low, high)
 
 
 def table(rows: list[dict]) -> pd.DataFrame:
@@ -64,11 +77,10 @@ def table(rows: list[dict]) -> pd.DataFrame:
         chance = "" if row["chance"] is None else f"{row['chance']:.1%}"
         line = {"task": row["task"], "questions": row["questions"], "guessing": chance, "method": row["label"]}
         for metric in METRICS:
-            right = [list(map(int, each[f"{metric}_right"])) for each in (row, fp[row["task"]])]
-            line[metric] = _percent(mean_interval(right[0])) if right[0] else ""
-            line[f"{metric} − FP"] = (
-                _percent(paired_interval(*right), "+") if right[0] and row["method"] != "fp" else ""
-            )
+            right, beside = (list(map(int, each[f"{metric}_right"])) for each in (row, fp[row["task"]]))
+            line[metric] = _percent(share_right(right)) if right else ""
+            apart = right and row["method"] != "fp"
+            line[f"{metric} − FP"] = _percent(paired_interval(right, beside), "+") if apart else ""
         found.append(line)
     return pd.DataFrame(found)
 

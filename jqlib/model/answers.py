@@ -42,25 +42,30 @@ def find_task(name: str) -> list:
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that a model in memory has no name
-    manager = TaskManager(include_defaults=name not in SETS)
-    if name not in SETS and name not in manager.all_tasks:
-        known = f"{', '.join(SETS)} are here, and lm-eval's own on a machine with network (lm-eval ls tasks)"
-        raise ValueError(f"tasks={name!r} is unknown; {known}")
-    try:
-        tasks = list(manager.load(_settings(name) if name in SETS else name)["tasks"].values())
-    except Exception as error:  # whatever a task's own code and data raise
-        said = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else type(error).__name__
-        raise ConnectionError(
-            f"lm-eval's task {name!r} can't be loaded ({said}): its questions come from the hub; without a network "
-            f"there are {', '.join(SETS)}"
-        ) from error
+    if name in SETS:
+        tasks = TaskManager(include_defaults=False).load(_settings(name))["tasks"].values()
+    else:
+        tasks = _of_lm_eval(TaskManager(), name)
     for task in tasks:
         if task.OUTPUT_TYPE not in KINDS or "acc" not in task.aggregation():
             kind = f"{task.OUTPUT_TYPE}, by {', '.join(task.aggregation())}"
             raise ValueError(f"tasks={name!r}: {task.task_name} has no accuracy over choices (it is {kind}), which is "
                              "what is measured here")  # fmt: skip
         task.set_config(key="num_fewshot", value=0)
-    return tasks
+    return list(tasks)
+
+
+def _of_lm_eval(manager, name: str) -> list:
+    ours = ", ".join(SETS)
+    if name not in manager.all_tasks:
+        raise ValueError(f"tasks={name!r} is unknown: there are {ours}, and lm-eval's own, which need the Hugging Face "
+                         "hub (lm-eval ls tasks)")  # fmt: skip
+    try:
+        return list(manager.load(name)["tasks"].values())
+    except Exception as error:  # whatever a task's own code and data raise
+        said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise ConnectionError(f"tasks={name!r}, one of lm-eval's own, can't be loaded ({said}): is the "
+                              f"Hugging Face hub within reach? {ours} need none") from error  # fmt: skip
 
 
 def _settings(name: str) -> dict:
