@@ -1,7 +1,7 @@
 """Multiple-choice questions answered by a model as it is in memory, by lm-eval (the extra ``lm-eval``).
 
 A model answers with the choice that it finds likeliest: ``acc`` goes by a choice's log-likelihood, ``acc_norm`` by that
-per character.
+per character. Before a question stands what the tokenizer puts there by itself (BOS or nothing), as is usual.
 """
 
 import importlib.metadata
