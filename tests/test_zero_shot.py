@@ -177,6 +177,8 @@ def test_a_run_is_kept_and_goes_on(small, capsys):
     assert capsys.readouterr().out.count("reusing zero_shot") == 2
     zero_shot(config, "analogies", 9)
     assert "reusing zero_shot" not in capsys.readouterr().out
+    assert main(["clean", str(config.folder)]) == 0
+    assert "removed 0 files" in capsys.readouterr().out
 
 
 @needs_lm_eval
