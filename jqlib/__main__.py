@@ -9,6 +9,7 @@ from jqlib.config import CHOICES, HELP, KINDS, Config, make_config, output_folde
 from jqlib.export.can import FORMS
 from jqlib.lab.checks import check_inputs
 from jqlib.lab.run import read_run_file, run, select_notebooks, with_absolute_paths
+from jqlib.model.questions import SETS
 
 # what check_inputs and the estimate of memory depend on
 INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_seqlen", "eval_windows", "eval_split",
@@ -33,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in KINDS:
         if name != "model":
             _add_flag(info_parser, name)
+    _add_zero_shot(commands)
     export_parser = commands.add_parser(
         "export", help="write a recipe's model as a folder that other programs load", allow_abbrev=False
     )
@@ -112,6 +114,14 @@ def _study(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _zero_shot(arguments: argparse.Namespace) -> int:
+    from jqlib.lab.zero_shot import zero_shot
+
+    config = make_config(with_absolute_paths(_given(arguments)))
+    print(zero_shot(config, arguments.tasks, arguments.limit).to_string(index=False))
+    return 0
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from jqlib.lab.report import report
 
@@ -177,6 +187,19 @@ def _add_sweep(commands) -> None:
                        "many runs at a time as it has threads (dask worker --nthreads 1)")  # fmt: skip
 
 
+def _add_zero_shot(commands) -> None:
+    parser = commands.add_parser(
+        "zero-shot", help="questions with choices that a model is asked: FP beside --recipe", allow_abbrev=False
+    )
+    parser.add_argument("model", help=HELP["model"])
+    ours = ",".join(SETS)
+    parser.add_argument("--tasks", default=ours, help=f"any of lm-eval's by name, a,b, or ({ours}), which need no hub")
+    parser.add_argument("--limit", type=int, help="so many questions of each task, drawn once (all)")
+    for name in KINDS:
+        if name != "model":
+            _add_flag(parser, name)
+
+
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a number of runs, 1 or more, got {text!r}")
@@ -207,8 +230,8 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-COMMANDS = {"run": _run, "sweep": _sweep, "export": _export, "info": _info, "study": _study, "report": _report,
-            "repeat": _repeat, "clean": _clean}  # fmt: skip
+COMMANDS = {"run": _run, "sweep": _sweep, "export": _export, "info": _info, "zero-shot": _zero_shot, "study": _study,
+            "report": _report, "repeat": _repeat, "clean": _clean}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,6 +35,8 @@ from jqlib.learn.activations import Moments, collect_activations
 from jqlib.learn.layerwise import round_layer_by_layer
 from jqlib.learn.lessons import Lessons, cut
 from jqlib.learn.tune import tune
+from jqlib.model import questions
+from jqlib.model.answers import answers, find_task, lm_eval_version
 from jqlib.model.evaluate import Reference, evaluate_windows, last_hidden
 from jqlib.model.families import linears_of, rotated_sizes, site_targets
 from jqlib.model.load import get_tokenizer, load_config
@@ -201,6 +203,23 @@ def evaluate(config: Config, recipe: Recipe | None, w_bits: int, a_bits: int, **
     peaks = [cost["peak_rss_bytes"] or 0 for cost in calibration]
     seconds = sum(cost["seconds"] for cost in calibration)
     return row | {"calibration_seconds": seconds, "calibration_peak_rss_bytes": max(peaks, default=0)}
+
+
+def zero_shot_step(
+    config: Config, recipe: Recipe | None, w_bits: int, a_bits: int, task: str, limit: int | None
+) -> Artifact:
+    """Which questions of a task the model of a row answers right (`jqlib.model.answers`)."""
+    kv_bits, parts = config.kv_bits, _parts(config, recipe, w_bits, a_bits) if recipe else []
+
+    def make(s, *found: Made) -> Made:
+        asked = find_task(task)
+        model = _quantised(s, found, w_bits, a_bits, kv_bits) if recipe else load_model(s)
+        return answers(model, get_tokenizer(s.model), asked, limit, products_dtype(s.eval_compute_dtype, s.device))
+
+    names = (*MODEL, "eval_compute_dtype", *(("w_groupsize", "kv_bits") if recipe else ()))
+    does = {"w_bits": w_bits, "a_bits": a_bits, "task": task, "limit": limit, "lm_eval": lm_eval_version()}
+    does["questions"] = questions.fingerprint(task) if task in questions.SETS else None
+    return artifact_of(zero_shot_step, config, names, make, *parts, **does)
 
 
 def fp_hidden_step(config: Config) -> Artifact:

@@ -6,6 +6,7 @@ import pytest
 
 from jqlib import pipeline
 from jqlib.lab import compare, study
+from jqlib.model.questions import SETS
 from jqlib.recipes import RECIPES
 
 
@@ -21,7 +22,15 @@ def small(monkeypatch, tmp_path):
         return {"nll": nll, "kl_by_window": [level] * 3, "articles": [0, 1, 2], "ppl": 20.0, "kl": level, "top1": 0.7,
                 "calibration_seconds": 60.0, "w_bits": w_bits, "a_bits": a_bits, "kv_bits": 16}  # fmt: skip
 
-    whole = study.plan()
+    def row_of(config, recipe, w_bits, a_bits, task):
+        made.append((task, recipe))
+        right = "1101" if recipe is None else "1001"
+        return {"task": task, "label": recipe.label if recipe else "FP", "questions": 4, "chance": 0.25, "acc": 0.75,
+                "acc_right": right, "acc_norm_right": right}  # fmt: skip
+
+    whole, asked = study.plan(), study.questions_plan
+    monkeypatch.setattr(study, "questions_plan", lambda device: asked()[:4])
+    monkeypatch.setattr(study, "row_of", row_of)
     monkeypatch.setattr(study, "plan", lambda device: [row for row in whole if row[1].eval_dataset is None][:4])
     monkeypatch.setattr(study, "PATH", tmp_path / "study.json")
     monkeypatch.setattr(pipeline, "evaluate", evaluate)
@@ -48,11 +57,40 @@ def test_peers_get_our_last_stages_in_rows_of_their_own():
         assert replace(recipe, label=RECIPES[name].label, layerwise=False, tune=False) == RECIPES[name]
 
 
-def test_it_stops_when_told_and_goes_on(small):
+def test_it_stops_when_told_and_goes_on(small, monkeypatch):
+    monkeypatch.setattr(study.answers, "installed", lambda: False)
     assert study.study(minutes=0) == 4
     assert study.study() == 0
     assert [row["method"] for row in study.kept()["rows"]] == ["fp", "quarot-best", "jointquant-best", "control"]
     assert study.kept()["left"] == 0
+
+
+def test_questions_are_asked_last_each_task_of_fp_first(monkeypatch):
+    monkeypatch.setattr(study.answers, "installed", lambda: True)
+    asked = [(method, task) for method, *_, task in study.questions_plan()]
+    assert asked == [(method, task) for task in SETS for method in ("fp", *study.ASKED)]
+    monkeypatch.setattr(study.answers, "installed", lambda: False)
+    assert study.questions_plan() == []
+
+
+def test_answers_stay_where_lm_eval_is_missing_and_rows_are_as_before(small, monkeypatch, capsys):
+    monkeypatch.setattr(study.answers, "installed", lambda: False)
+    study.study()
+    assert study.answers.MISSING in capsys.readouterr().out
+    assert study.zero_shot().empty
+    assert capsys.readouterr().out == "not made yet: make study\n"
+    rows = study.kept()["rows"]
+    monkeypatch.setattr(study.answers, "installed", lambda: True)
+    assert study.study(minutes=0) == 8
+    assert study.study() == 0
+    told = study.zero_shot()
+    assert told["method"].tolist() == ["FP", "RTN", "QuaRot, best", "JointQuant, best"]
+    assert told["acc − FP"].str.startswith("-25.0 (").tolist() == [False, True, True, True]
+    assert study.kept()["rows"] == rows  # what notebook 06 reads
+    assert study.kept()["left"] == 0
+    monkeypatch.setattr(study.answers, "installed", lambda: False)
+    assert study.study() == 0
+    assert study.zero_shot().equals(told)
 
 
 def test_shares_are_those_of_the_tables(small):

@@ -12,6 +12,9 @@ import pandas as pd
 from jqlib import pipeline
 from jqlib.config import ROOT, Config, make_config
 from jqlib.lab import compare
+from jqlib.lab.zero_shot import row_of, table
+from jqlib.model import answers
+from jqlib.model.questions import SETS
 from jqlib.recipes import RECIPES, Recipe
 from jqlib.store import git_commit, versions, write_json
 from jqlib.transform.grids import OFF
@@ -36,6 +39,8 @@ WITHOUT = {
     "tuning": replace(BEST, tune=False),
 }
 EFFORTS = {"quarter": {"step_tokens": 512}, "fourfold": {"step_tokens": 8192}}  # beside the study's own
+
+ASKED = {name: RECIPES[name] for name in ("rtn", "quarot-best", "jointquant-best", "jointquant-online")}
 
 Plan = list[tuple[dict, Config, Recipe | None, int, int]]
 
@@ -68,28 +73,64 @@ def plan(device: str = "cpu") -> Plan:
     return everywhere
 
 
+def questions_plan(device: str = "cpu") -> list[tuple[str, Config, Recipe | None, int, int, str]]:
+    """The zero-shot rows: method, and what `row_of` needs, all questions of each task; none without lm-eval."""
+    config = make_config(CONFIG | {"device": device})
+    methods = [("fp", config, None, OFF, OFF), *((name, config, recipe, 4, 4) for name, recipe in ASKED.items())]
+    return [(*method, task) for task in SETS for method in methods] if answers.installed() else []
+
+
 def study(minutes: float | None = None, device: str = "cpu") -> int:
-    """Make the rows that are missing, and begin none after so many ``minutes``. Returns how many are left."""
-    start, rows, planned = time.monotonic(), [], plan(device)
+    """Make the rows that are missing, zero-shot ones last, and begin none after so many ``minutes``.
+
+    Returns how many are left. Without lm-eval it says so, and the zero-shot rows stay as they are.
+    """
+    start, rows, planned, asked = time.monotonic(), [], plan(device), questions_plan(device)
+    told = {(row["method"], row["task"]): row for row in kept().get("zero_shot", [])} if PATH.exists() else {}
+    about_all = {"config": asdict(planned[0][1]), "protocol": pipeline.protocol(planned[0][1])}
+    about_all |= {"versions": versions(), "git_commit": git_commit()}
+
+    def late() -> bool:
+        return minutes is not None and time.monotonic() - start > 60 * minutes
+
+    def write() -> None:
+        left = len(planned) - len(rows)
+        write_json(PATH, about_all | {"rows": rows, "left": left, "zero_shot": list(told.values())})
+
     for i, (about, config, recipe, w_bits, a_bits) in enumerate(planned):
-        if minutes is not None and time.monotonic() - start > 60 * minutes:
-            return len(planned) - i
+        if late():
+            return len(planned) - i + len(asked)
         row = pipeline.evaluate(config, recipe, w_bits, a_bits)
-        told = {"seed": config.seed, "text": config.eval_dataset or "wiki"}
-        told |= {"step_tokens": config.step_tokens, "device": config.device}
-        rows.append(about | told | row)
-        print(f"{i + 1}/{len(planned)} {about['label']} ({about['group']}, {told['text']}, seed {config.seed}): "
+        under = {"seed": config.seed, "text": config.eval_dataset or "wiki"}
+        under |= {"step_tokens": config.step_tokens, "device": config.device}
+        rows.append(about | under | row)
+        print(f"{i + 1}/{len(planned)} {about['label']} ({about['group']}, {under['text']}, seed {config.seed}): "
               f"PPL {row['ppl']:.2f}, KL {row['kl']:.3f}", flush=True)  # fmt: skip
-        write_json(PATH, {
-            "config": asdict(planned[0][1]), "protocol": pipeline.protocol(planned[0][1]),
-            "versions": versions(), "git_commit": git_commit(), "rows": rows, "left": len(planned) - i - 1,
-        })  # fmt: skip
+        write()
+    if not asked:
+        print(f"no zero-shot rows: {answers.MISSING}")
+    for i, (method, *which, task) in enumerate(asked):
+        if late():
+            return len(asked) - i
+        row = row_of(*which, task)
+        told[method, task] = {"method": method, "git_commit": about_all["git_commit"]} | row
+        print(f"{i + 1}/{len(asked)} {row['label']} ({task}): {row['acc']:.1%} right", flush=True)
+        write()
     return 0
 
 
 def kept() -> dict:
     """What `study` has written: its ``rows``, config, versions and commit."""
     return json.loads(PATH.read_text(encoding="utf-8"))
+
+
+def zero_shot() -> pd.DataFrame:
+    """What the study has of zero-shot questions, as `jqlib.lab.zero_shot.table` has it; empty, and said, if nothing."""
+    rows = kept().get("zero_shot", [])
+    if not any(row["method"] == "fp" for row in rows):
+        print("not made yet: make study")
+        return pd.DataFrame()
+    return table(rows)
 
 
 def shares(rows: list[dict]) -> pd.DataFrame:
