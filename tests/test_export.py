@@ -11,11 +11,11 @@ from gguf import GGUFReader, dequantize
 from test_families import KINDS, random_model
 from transformers import AutoModelForCausalLM
 
-from jqlib import get_model, get_tokenizer, pipeline
+from jqlib import get_model, pipeline
 from jqlib.config import make_config
-from jqlib.export import run_gguf
 from jqlib.export.compressed import group_of
 from jqlib.export.export import export
+from jqlib.model.walk import walk
 from jqlib.quant.packed import codes_of, rounded_linears
 from jqlib.recipes import RECIPES
 from jqlib.transform.hadamard import factors, hadamard_matrix
@@ -120,21 +120,6 @@ def test_gguf_holds_the_codes(small, tmp_path, tokens, kind, tied):
     assert (logits_of(read, tokens()) - expected).abs().max() < 1e-2 * expected.abs().max()  # float16 embeddings
 
 
-@pytest.mark.skipif(not run_gguf.installed(), reason="the extra run is not installed")
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
-def test_llama_cpp_says_what_we_say(small, tmp_path, kind):
-    """Greedy, from the same prompt; weights in float16, for with codes it also rounds activations, in its own way."""
-    shape = WIDE | {"tie_word_embeddings": False, "sliding_window": None, "use_sliding_window": False}
-    config = small(kind, shape | {"attention_bias": False, "mlp_bias": False}, recipe="rtn", w_bits=16, a_bits=16)
-    export(config, "gguf", tmp_path / "to")
-    told = run_gguf.run_gguf(tmp_path / "to" / "model.gguf", "The quick brown", tokens=3, threads=1)
-    model, tokenizer = measured(config), get_tokenizer(config.model)
-    ids = tokenizer("The quick brown", return_tensors="pt").input_ids
-    ours = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    assert told["text"] == tokenizer.decode(ours)
-    assert told["tokens_a_second"] > 0
-
-
 def test_gguf_holds_the_fp_model_in_float16(small, tmp_path):
     shape = {"attention_bias": False, "mlp_bias": False}
     config = small("llama", shape, recipe="rtn", w_bits=16, a_bits=16)
@@ -160,6 +145,21 @@ def test_our_own_form_computes_what_was_measured(small, tmp_path, tokens, kind, 
     expected = logits_of(measured(config), tokens()).float()
     near = 2e-3 if dtype == "float32" else 0.1  # a tie of rounding passed on
     assert (logits_of(found, tokens()).float() - expected).abs().mean() < near * expected.abs().mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_layer_of_our_own_form_computes_what_ours_does(small, tmp_path, tokens, kind):
+    """Given the same, so that a tie of rounding is not passed on (tests/export/layer_by_layer.py: a real model)."""
+    config = small(kind, recipe="jointquant-best")
+    export(config, "jointquant", tmp_path / "to")
+    found = loaded(tmp_path / "to", trust_remote_code=True, dtype=torch.float32)
+    with torch.inference_mode():
+        for step in walk(measured(config), tokens()):
+            ours = step.run(step.hidden)
+            theirs = found.get_submodule(step.name)(step.hidden, **step.arguments)
+            apart = (theirs - ours).norm(dim=-1) / ours.norm(dim=-1)
+            assert apart.median() < 1e-6
+            assert (apart > 1e-5).sum() <= 1  # tokens with a tie of rounding
 
 
 def test_our_own_form_generates_and_is_saved_whole(small, tmp_path, tokens):

@@ -1,49 +1,48 @@
 """GGUF for llama.cpp: weights as Q4_0, whose blocks of 32 with a float16 scale hold our codes and scales exactly.
 
 Embeddings, head and weights that are not rounded are float16, norms and biases float32. Rows of queries and keys come
-in the order that llama.cpp's RoPE wants, in its "llama" architecture.
+in the order that llama.cpp's RoPE wants, in some of its architectures.
 """
 
-import json
 from pathlib import Path
 
-import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, TokenType, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from jqlib import pipeline
 from jqlib.config import Config
 from jqlib.export.can import ARCHITECTURES, BLOCK
+from jqlib.export.gguf_tokenizer import add_tokenizer
 from jqlib.export.hf import checkpoint_of
-from jqlib.model.families import head_dim_of, sites_of
-from jqlib.model.gguf_file import splits_of
+from jqlib.model.families import head_dim_of, rejoined, sites_of
 from jqlib.quant.packed import packed_codes, rounded_linears, unpack
 from jqlib.recipes import Recipe
 from jqlib.transform.grids import spread
-
-PERMUTED = ("llama",)  # architectures with rows of queries and keys in pairs
 
 
 def write(config: Config, recipe: Recipe, tokenizer, to: Path) -> None:
     """``model.gguf``, and the tokenizer as Hugging Face has it beside it."""
     model = pipeline.quantised(config, recipe, config.w_bits, config.a_bits)
     architecture = ARCHITECTURES[model.config.model_type]
-    writer = GGUFWriter(to / "model.gguf", architecture)
+    writer = GGUFWriter(to / "model.gguf", architecture.name)
     _add_shape(writer, model)
-    _add_tokenizer(writer, tokenizer, model.config.vocab_size)
-    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    add_tokenizer(writer, tokenizer, model.config.vocab_size)
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = get_tensor_name_map(kind, model.config.num_hidden_layers)
-    orders = _orders(model) if architecture in PERMUTED else {}
-    for name, tensor in checkpoint_of(model).items():
+    orders = _orders(model) if architecture.paired else {}
+    plain = {name: t[orders.get(name.rpartition(".")[0], slice(None))] for name, t in checkpoint_of(model).items()}
+    for name, tensor in rejoined(model, plain).items():
         dtype = torch.float32 if tensor.ndim == 1 else torch.float16
-        rows = orders.get(name.rpartition(".")[0], slice(None))
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor[rows].to(dtype).cpu().numpy())
-    for name, linear in tqdm(rounded_linears(model).items(), "writing GGUF", unit="linear"):
-        blocks = q4_0(linear)[orders.get(name, slice(None))]
-        to_name = names.get_name(f"{name}.weight", (".weight",))
-        writer.add_tensor(to_name, blocks, raw_dtype=GGMLQuantizationType.Q4_0)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), tensor.to(dtype).cpu().numpy())
+    coded = {
+        f"{name}.weight": q4_0(linear)[orders.get(name, slice(None))]
+        for name, linear in tqdm(rounded_linears(model).items(), "writing GGUF", unit="linear")
+    }
+    for name, blocks in rejoined(model, coded).items():
+        to_name = names.get_name(name, (".weight",))
+        writer.add_tensor(to_name, blocks.numpy(), raw_dtype=GGMLQuantizationType.Q4_0)
     if (factors := _rope_factors(model)) is not None:
         writer.add_tensor("rope_freqs.weight", factors.numpy())
     writer.write_header_to_file()
@@ -53,14 +52,14 @@ def write(config: Config, recipe: Recipe, tokenizer, to: Path) -> None:
     tokenizer.save_pretrained(to)
 
 
-def q4_0(linear: nn.Linear) -> np.ndarray:
+def q4_0(linear: nn.Linear) -> Tensor:
     """A rounded weight as blocks of 32: its scale, then 16 bytes of which low halves come first: (out, bytes)."""
     grid = linear.grid
     codes = unpack(packed_codes(linear), grid.bits, linear.in_features)
     scale = spread(grid.scale, grid.groupsize, codes)[:, ::BLOCK].contiguous().view(torch.uint8).unflatten(1, (-1, 2))
     halves = (codes + 8).to(torch.uint8).unflatten(1, (-1, 2, BLOCK // 2))
     blocks = torch.cat([scale, halves[:, :, 0] | halves[:, :, 1] << 4], -1)
-    return blocks.flatten(1).cpu().numpy()
+    return blocks.flatten(1).cpu()
 
 
 def _orders(model: nn.Module) -> dict[str, Tensor]:
@@ -102,27 +101,3 @@ def _add_shape(writer: GGUFWriter, model: nn.Module) -> None:
     writer.add_vocab_size(shape.vocab_size)
     writer.add_file_type(LlamaFileType.MOSTLY_Q4_0 if rounded_linears(model) else LlamaFileType.MOSTLY_F16)
     writer.add_quantization_version(2)
-
-
-def _add_tokenizer(writer: GGUFWriter, tokenizer, vocabulary: int) -> None:
-    words = {i: word for word, i in tokenizer.get_vocab().items()}
-    added, special = tokenizer.added_tokens_decoder, {*tokenizer.all_special_ids}
-    kinds = [
-        TokenType.UNUSED if i not in words
-        else TokenType.CONTROL if i in special or (i in added and added[i].special)
-        else TokenType.USER_DEFINED if i in added else TokenType.NORMAL
-        for i in range(vocabulary)
-    ]  # fmt: skip
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splits_of(tokenizer))
-    writer.add_token_list([words.get(i, f"[unused {i}]") for i in range(vocabulary)])
-    writer.add_token_types(kinds)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    for name in ("bos", "eos", "unk", "pad"):
-        if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
-            getattr(writer, f"add_{name}_token_id")(token)
-    first = tokenizer("a").input_ids[0]
-    writer.add_add_bos_token(first == tokenizer.bos_token_id)
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)

@@ -26,7 +26,8 @@ def run_gguf(path: Path, prompt: str, tokens: int = 64, threads: int | None = No
     if not installed():
         raise ModuleNotFoundError(MISSING)
     asked = {"path": str(path), "prompt": prompt, "tokens": tokens, "threads": threads or torch.get_num_threads()}
-    done = subprocess.run([sys.executable, "-m", __name__, json.dumps(asked)], capture_output=True, text=True)
+    command = [sys.executable, "-m", __name__, json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")  # its log cuts letters in two
     if done.returncode:
         told = [line for line in done.stderr.splitlines() if "rror" in line]
         said = told[-1] if told else f"exit status {done.returncode}"
