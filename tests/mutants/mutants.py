@@ -1,0 +1,135 @@
+"""By `make mutants`: the numerical core, changed in one small place at a time: do its tests notice?
+
+Each change is made to a copy of the project, in which the tests of its module run until one fails (or takes far longer
+than it should). What no test notices is judged in judged.json: why it makes no difference to a result. A survivor
+without a judgement fails the run. What was tried is kept in .mutants.json: the same command goes on from there.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from changes import Change, changes
+from tqdm import tqdm
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401  imported once: each mutant is a fork
+
+ROOT = Path(__file__).parents[2]
+KEPT, JUDGED = ROOT / ".mutants.json", Path(__file__).parent / "judged.json"
+COPIED = ("jqlib", "tests", "notebooks", "runs", "pyproject.toml", "README.md")
+QUIET = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
+TESTS = {  # what must notice a change, the quickest first
+    "transform/transform.py": ["transform", "properties", "build"],
+    "transform/grids.py": ["properties", "quant"],
+    "transform/hadamard.py": ["hadamard"],
+    "transform/orthogonal.py": ["properties", "joint"],
+    "quant/gptq.py": ["gptq", "properties"],
+    "learn/solver.py": ["joint"],
+    "model/walk.py": ["walk", "activations"],
+}
+
+
+def key_of(file: str, change: Change) -> str:
+    return f"{file} {change.place}: {change.old}  ⇒  {change.new}"
+
+
+def sample(count: int, seed: int) -> dict[str, tuple[str, Change]]:
+    """So many of all changes, by key: those of the smallest hashes, so that code elsewhere moves nothing."""
+    every = {key_of(file, x): (file, x) for file in TESTS for x in changes((ROOT / "jqlib" / file).read_text())}
+    chosen = sorted(every, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
+    return {key: every[key] for key in chosen[:count]}
+
+
+def _test_here(folder: Path, tests: list[str]) -> int:
+    """Pytest's exit code; 99 if it imported another jqlib."""
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = str(folder)
+    out = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    try:
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *QUIET, *tests])
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 98
+    theirs = sys.modules.get("jqlib")
+    return int(code) if theirs is None or str(folder) in theirs.__file__ else 99
+
+
+def tested(folder: Path, tests: list[str], limit: float) -> str:
+    """How the tests end in this copy: "passed", "failed", or "endless"; RuntimeError if they were not of this copy."""
+    if not (pid := os.fork()):
+        try:
+            os.setsid()
+            os._exit(_test_here(folder, tests))
+        finally:
+            os._exit(98)
+    end = time.monotonic() + limit
+    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return "endless"
+        time.sleep(0.05)
+    if done[1] in (98 << 8, 99 << 8):
+        raise RuntimeError(f"the tests did not run, or not on {folder}: {(folder / 'output.txt').read_text()}")
+    return "passed" if done[1] == 0 else "failed"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Do the tests notice small changes to the numerical core?")
+    parser.add_argument("count", type=int, nargs="?", default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after so many")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"took": {}, "ends": {}}
+    chosen, stop = sample(arguments.count, arguments.seed), time.monotonic() + 60 * arguments.minutes
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in COPIED:
+            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+            copy(ROOT / part, folder / part)
+        for key, (file, change) in tqdm(chosen.items(), "mutants"):
+            tests = [f"tests/test_{test}.py" for test in TESTS[file]]
+            if key in kept["ends"] or time.monotonic() > stop:
+                continue
+            if file not in kept["took"]:
+                start = time.monotonic()
+                if tested(folder, tests, 600) != "passed":
+                    print((folder / "output.txt").read_text())
+                    raise RuntimeError(f"the tests of {file} fail before anything is changed")
+                kept["took"][file] = time.monotonic() - start
+            (folder / "jqlib" / file).write_text(change.source)
+            kept["ends"][key] = tested(folder, tests, 20 + 3 * kept["took"][file])
+            shutil.copy(ROOT / "jqlib" / file, folder / "jqlib" / file)
+            KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False))
+    return report(chosen, kept["ends"])
+
+
+def report(chosen: dict[str, tuple[str, Change]], ends: dict[str, str]) -> int:
+    judged = json.loads(JUDGED.read_text()) if JUDGED.exists() else {}
+    tried = [key for key in chosen if key in ends]
+    survived = [key for key in tried if ends[key] == "passed"]
+    for key in survived:
+        print(f"survived, line {chosen[key][1].line}: {key}\n    {judged.get(key, 'NOT JUDGED')}")
+    if tried:
+        share = 1 - len(survived) / len(tried)
+        print(f"{len(tried)} mutants of {len(chosen)}: {share:.0%} noticed, {len(survived)} survived, "
+              f"{sum(key not in judged for key in survived)} of them not judged")  # fmt: skip
+    return any(key not in judged for key in survived)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
