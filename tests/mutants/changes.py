@@ -73,14 +73,12 @@ def _variants(node: ast.AST) -> list[str]:
             return [f"({value - 1})", f"{value + 1}"]
         case ast.Expr(value=ast.Call()) | ast.Raise() | ast.Break() | ast.Continue():
             return ["pass"]
-        case ast.If(test=test) | ast.While(test=test):
-            return []  # its test is a node of its own
         case ast.Attribute(attr="mT" | "T", value=value):
             return [ast.unparse(value)]
         case ast.Attribute(attr=name) if name in NAMES:
             return [with_(attr=NAMES[name])]
         case ast.Name(id=name) if name in NAMES:
             return [NAMES[name]]
-        case ast.Call(args=args, keywords=[ast.keyword("min" | "max" as name, value), *more]):
+        case ast.Call(keywords=[ast.keyword("min" | "max" as name, value), *more]):
             return [with_(keywords=[ast.keyword("max" if name == "min" else "min", value), *more])]
     return []
