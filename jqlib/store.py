@@ -13,6 +13,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,7 +77,8 @@ class Artifact:
     def _reused(self) -> Made | None:
         if (found := read(self.path)) is None:
             return None
-        os.utime(self.path)  # when it was last of use
+        with suppress(OSError):  # another's folder, or read-only
+            os.utime(self.path)  # when it was last of use
         print(f"reusing {self.kind} ({self.path.name}, made in {found[1]['seconds']:.1f} s)")
         return found[0], found[1] | {"reused": True}
 
@@ -141,7 +143,10 @@ def _write(path: Path, depends: dict, tensors: dict[str, Tensor], values: dict) 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = json.dumps(values, default=float)
     about = {"depends": json.dumps(depends), "values": said, "sha256": _digest(tensors, said)}
-    write(path, lambda to: save_file(tensors, to, metadata=about))
+    try:
+        write(path, lambda to: save_file(tensors, to, metadata=about))
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}. Is the disk full?") from error
 
 
 def _digest(tensors: dict[str, Tensor], values: str) -> str:
@@ -153,8 +158,13 @@ def _digest(tensors: dict[str, Tensor], values: str) -> str:
 
 
 def save_results(config: Config, notebook: str, metrics: dict) -> Path:
-    """Write ``results/<notebook>.json``: the metrics with the config, versions and git commit they came from."""
+    """Write ``results/<notebook>.json``: the metrics with the config, versions and git commit they came from.
+
+    Says so where it replaces results of other settings: those of a run that was at work in the same folder, perhaps.
+    """
     path = config.folder / "results" / f"{notebook}.json"
+    if changed := differences(path, config):
+        print(f"replaces results made with {', '.join(changed)}; another --output_dir keeps both")
     write_json(path, {
         "notebook": notebook,
         "config": asdict(config),
@@ -165,6 +175,16 @@ def save_results(config: Config, notebook: str, metrics: dict) -> Path:
         **json.loads(json.dumps(metrics, default=float), parse_constant=lambda _: None),  # JSON knows no NaN
     })  # fmt: skip
     return path
+
+
+def differences(path: Path, config: Config) -> list[str]:
+    """The settings in which a results file was made otherwise, as ``seed=1``; none if there is no such file."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["config"]
+        return [f"{name}={before[name]!r}" for name, value in asdict(config).items()
+                if name != "output_dir" and name in before and before[name] != value]  # fmt: skip
+    except UNREADABLE:
+        return []
 
 
 def save_figure(config: Config, figure, name: str) -> None:

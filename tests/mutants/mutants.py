@@ -14,7 +14,9 @@ import signal
 import sys
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -87,33 +89,51 @@ def tested(folder: Path, tests: list[str], limit: float) -> str:
     return "passed" if done[1] == 0 else "failed"
 
 
+def _copy(folder: Path) -> Path:
+    """A copy of the project."""
+    folder.mkdir()
+    for part in COPIED:
+        (shutil.copytree if (ROOT / part).is_dir() else shutil.copy)(ROOT / part, folder / part)
+    return folder
+
+
+def _noticed(folder: Path, file: str, change: Change, took: dict[str, float]) -> str:
+    """How its tests end with this change; ``took``: the seconds they take without any, by file."""
+    tests = [f"tests/test_{test}.py" for test in TESTS[file]]
+    if file not in took:
+        start = time.monotonic()
+        if tested(folder, tests, 600) != "passed":
+            raise RuntimeError(f"{file}: its tests fail as it is: {(folder / 'output.txt').read_text()}")
+        took[file] = time.monotonic() - start
+    (folder / "jqlib" / file).write_text(change.source)
+    end = tested(folder, tests, 20 + 3 * took[file])
+    shutil.copy(ROOT / "jqlib" / file, folder / "jqlib" / file)
+    return end
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Do the tests notice small changes to the numerical core?")
     parser.add_argument("count", type=int, nargs="?", default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no mutant after so many")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"took": {}, "ends": {}}
     chosen, stop = sample(arguments.count, arguments.seed), time.monotonic() + 60 * arguments.minutes
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        for part in COPIED:
-            copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
-            copy(ROOT / part, folder / part)
-        for key, (file, change) in tqdm(chosen.items(), "mutants"):
-            tests = [f"tests/test_{test}.py" for test in TESTS[file]]
+    with TemporaryDirectory() as name, ThreadPoolExecutor(arguments.jobs) as pool:
+        copies = Queue()
+        for i in range(arguments.jobs):
+            copies.put(_copy(Path(name) / str(i)))
+
+        def try_one(key: str) -> None:
             if key in kept["ends"] or time.monotonic() > stop:
-                continue
-            if file not in kept["took"]:
-                start = time.monotonic()
-                if tested(folder, tests, 600) != "passed":
-                    print((folder / "output.txt").read_text())
-                    raise RuntimeError(f"the tests of {file} fail before anything is changed")
-                kept["took"][file] = time.monotonic() - start
-            (folder / "jqlib" / file).write_text(change.source)
-            kept["ends"][key] = tested(folder, tests, 20 + 3 * kept["took"][file])
-            shutil.copy(ROOT / "jqlib" / file, folder / "jqlib" / file)
+                return
+            folder, (file, change) = copies.get(), chosen[key]
+            kept["ends"][key] = _noticed(folder, file, change, kept["took"])
+            copies.put(folder)
+
+        for _ in tqdm(pool.map(try_one, chosen), "mutants", len(chosen)):
             KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False))
     return report(chosen, kept["ends"])
 
