@@ -116,9 +116,14 @@ class Artifact:
 
 
 def read(path: Path) -> Made | None:
-    """The tensors and values of an artifact; None if there is none, or (said so) if it is damaged."""
+    """The tensors and values of an artifact; None if there is none, or (said so) if it is damaged.
+
+    PermissionError if it is another user's, who lets nobody read it.
+    """
     if not path.exists():
         return None
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path} is another user's and can't be read: give another --output_dir")
     try:
         with safe_open(path, "pt") as file:
             about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -202,6 +207,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         writer(temporary)
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' writer lets nobody else read its files
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

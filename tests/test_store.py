@@ -212,6 +212,15 @@ def test_a_damaged_state_is_said_and_left(training, tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().out
 
 
+def test_files_are_as_open_as_their_folder(thing, tmp_path):
+    for mode in (0o755, 0o775, 0o700):
+        (tmp_path / "artifacts").mkdir(exist_ok=True)
+        (tmp_path / "artifacts").chmod(mode)
+        path = thing([], {"mode": mode}).path
+        thing([], {"mode": mode}).get()
+        assert path.stat().st_mode & 0o777 == mode & 0o666
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     store.write_json(path, {"a": 1})
