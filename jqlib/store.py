@@ -13,6 +13,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,13 +71,14 @@ class Artifact:
         if (found := self._reused()) is not None:
             return found
         inputs = [artifact.get() for artifact in self.inputs]
-        with self._lock():
+        with alone(self.path.with_name(f".{self.path.name}.lock"), f"making {self.path.name}"):
             return self._reused() or self._made(inputs)
 
     def _reused(self) -> Made | None:
         if (found := read(self.path)) is None:
             return None
-        os.utime(self.path)  # when it was last of use
+        with suppress(OSError):  # another's folder, or read-only
+            os.utime(self.path)  # when it was last of use
         print(f"reusing {self.kind} ({self.path.name}, made in {found[1]['seconds']:.1f} s)")
         return found[0], found[1] | {"reused": True}
 
@@ -103,20 +105,27 @@ class Artifact:
         unfinished.unlink(missing_ok=True)
         return tensors, values | {"reused": False}
 
-    def _lock(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        try:
-            return lock.acquire(timeout=1)
-        except Timeout:
-            print(f"another process is making {self.path.name}: waiting for it", flush=True)
-            return lock.acquire()
+
+def alone(path: Path, doing: str):
+    """A lock in this file, which one process at a time holds; what another is ``doing`` is said and waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        print(f"another process is {doing}: waiting for it", flush=True)
+        return lock.acquire()
 
 
 def read(path: Path) -> Made | None:
-    """The tensors and values of an artifact; None if there is none, or (said so) if it is damaged."""
+    """The tensors and values of an artifact; None if there is none, or (said so) if it is damaged.
+
+    PermissionError if it is another user's, who lets nobody read it.
+    """
     if not path.exists():
         return None
+    if not os.access(path, os.R_OK):
+        raise PermissionError(f"{path} is another user's and can't be read: give another --output_dir")
     try:
         with safe_open(path, "pt") as file:
             about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -141,7 +150,10 @@ def _write(path: Path, depends: dict, tensors: dict[str, Tensor], values: dict) 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = json.dumps(values, default=float)
     about = {"depends": json.dumps(depends), "values": said, "sha256": _digest(tensors, said)}
-    write(path, lambda to: save_file(tensors, to, metadata=about))
+    try:
+        write(path, lambda to: save_file(tensors, to, metadata=about))
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}. Is the disk full?") from error
 
 
 def _digest(tensors: dict[str, Tensor], values: str) -> str:
@@ -153,9 +165,14 @@ def _digest(tensors: dict[str, Tensor], values: str) -> str:
 
 
 def save_results(config: Config, notebook: str, metrics: dict) -> Path:
-    """Write ``results/<notebook>.json``: the metrics with the config, versions and git commit they came from."""
+    """Write ``results/<notebook>.json``: the metrics with the config, versions and git commit they came from.
+
+    Says so where it replaces results of other settings: those of a run that was at work in the same folder, perhaps.
+    """
     path = config.folder / "results" / f"{notebook}.json"
-    write_json(path, {
+    if changed := differences(path, config):
+        print(f"replaces results made with {', '.join(changed)}; another --output_dir keeps both")
+    content = {
         "notebook": notebook,
         "config": asdict(config),
         "seed": config.seed,
@@ -163,8 +180,35 @@ def save_results(config: Config, notebook: str, metrics: dict) -> Path:
         "git_commit": git_commit(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **json.loads(json.dumps(metrics, default=float), parse_constant=lambda _: None),  # JSON knows no NaN
-    })  # fmt: skip
+    }
+    write_json(path, content | {"sha256": _digest({}, json.dumps(content))})
     return path
+
+
+def read_results(path: Path) -> dict:
+    """What `save_results` wrote. ValueError if it is damaged, was changed by hand, or is another kind of file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["config"], dict):
+            raise TypeError("its config is none")
+        if not all(isinstance(row, dict) for row in content.get("rows", [])):
+            raise TypeError("its rows are none")
+        digest = content.pop("sha256", None)  # none before there was one
+        if digest is not None and digest != _digest({}, json.dumps(content)):
+            raise ValueError("it does not have the SHA-256 that it was written with")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no results file as a notebook leaves it: {error}") from error
+    return content
+
+
+def differences(path: Path, config: Config) -> list[str]:
+    """The settings in which a results file was made otherwise, as ``seed=1``; none if there is no such file."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["config"]
+        return [f"{name}={before[name]!r}" for name, value in asdict(config).items()
+                if name != "output_dir" and name in before and before[name] != value]  # fmt: skip
+    except UNREADABLE:
+        return []
 
 
 def save_figure(config: Config, figure, name: str) -> None:
@@ -182,6 +226,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     try:
         writer(temporary)
+        temporary.chmod(path.parent.stat().st_mode & 0o666)  # safetensors' writer lets nobody else read its files
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

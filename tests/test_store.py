@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 
 import pytest
 import torch
@@ -211,6 +212,15 @@ def test_a_damaged_state_is_said_and_left(training, tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().out
 
 
+def test_files_are_as_open_as_their_folder(thing, tmp_path):
+    for mode in (0o755, 0o775, 0o700):
+        (tmp_path / "artifacts").mkdir(exist_ok=True)
+        (tmp_path / "artifacts").chmod(mode)
+        path = thing([], {"mode": mode}).path
+        thing([], {"mode": mode}).get()
+        assert path.stat().st_mode & 0o777 == mode & 0o666
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "results.json"
     store.write_json(path, {"a": 1})
@@ -223,6 +233,32 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         store.write(path, fail)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_said_and_leaves_what_was_there(thing, tmp_path):
+    """No file may grow beyond a kilobyte: what a full disk does, for this process alone."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    kept = thing([]).get()[0]
+    large = Artifact(tmp_path, "large", {}, "code", lambda: ({"x": torch.zeros(1000)}, {}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"large-\w+\.safetensors can't be written: .*Is the disk full\?"):
+            large.get()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    there = {path.name for path in (tmp_path / "artifacts").iterdir() if path.suffix != ".lock"}
+    assert there == {thing([]).path.name}
+    assert torch.equal(thing([]).get()[0]["x"], kept["x"])
+    assert torch.equal(large.get()[0]["x"], torch.zeros(1000))
+
+
+def test_results_of_other_settings_are_not_replaced_in_silence(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("JOINTQUANT_OUTPUT", raising=False)
+    for seed in (7, 7, 8):
+        said = capsys.readouterr().out
+        store.save_results(get_smollm2_135m_config(output_dir=str(tmp_path), seed=seed), "02_joint_r1", {})
+    assert said == ""
+    assert capsys.readouterr().out == "replaces results made with seed=7; another --output_dir keeps both\n"
 
 
 def test_results_carry_where_they_came_from(tmp_path, monkeypatch):

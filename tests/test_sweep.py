@@ -146,6 +146,28 @@ def test_the_same_sweep_on_a_scheduler(run_file, tmp_path, capsys, scheduler):
     assert len({state(out / name)["worker"] for name in SIX}) == 2
 
 
+def test_a_killed_worker_is_named_and_nothing_of_its_run_goes_on(run_file, tmp_path, capsys, scheduler):
+    """As by a machine short of memory: the scheduler gives the run to the other worker."""
+    folder, found = tmp_path / "out" / "tiny", []
+
+    def kill():
+        while state(folder).get("state") != "running":
+            time.sleep(0.05)
+        found.append(psutil.Process(state(folder)["pid"]))
+        found[0].parent().kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    words = ["sweep", str(run_file), "--only", "05", "--output_dir", str(tmp_path / "out"), "--scheduler", scheduler]
+    assert main(words) == 1
+    told = capsys.readouterr().err
+    assert (
+        f"killed: tiny: its Dask worker, {state(folder)['worker']} on {platform.node()}, was killed: did memory" in told
+    )
+    assert state(folder)["state"] == "killed"
+    psutil.wait_procs(found, timeout=10)
+    assert not found[0].is_running()
+
+
 def test_ctrl_c_drops_the_queue_and_ends_what_runs(run_file, tmp_path):
     out = tmp_path / "out"
     words = ["sweep", str(run_file), "-p", "seed=0,1", "--only", "05", "--workers", "1", "--output_dir", str(out)]

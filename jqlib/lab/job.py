@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,11 @@ import yaml
 from jqlib.store import write, write_json
 
 ENDS = {0: "finished", 1: "failed", 2: "failed"}  # exit codes of `run`; after any other the run was cut off: killed
+
+KILLED_WORKER = (
+    "its Dask worker, {worker} on {host}, was killed: did memory run out there? The same command does the run again; "
+    "fewer workers on a machine (or a larger one) leave each more memory"
+)
 
 
 def folder_of(job: dict) -> Path:
@@ -38,11 +44,20 @@ def log_of(job: dict) -> Path:
 
 
 def execute(name: str, job: dict, topic: str, slots: dict[str, int]) -> dict:
-    """On a Dask worker: do the run and return its state. ``slots``: runs at a time on the host of each worker."""
+    """On a Dask worker: do the run and return its state. ``slots``: runs at a time on the host of each worker.
+
+    ``topic`` names the sweep. Dask calls this again, elsewhere, for a run whose worker is gone: what is left of it is
+    ended and it counts as killed, for whatever killed that worker may well kill the next.
+    """
     from dask.system import CPU_COUNT
     from distributed import get_worker
 
-    if process := process_of(state_of(job)):
+    before = state_of(job)
+    process = process_of(before)
+    if before.get("state") == "running" and before.get("sweep") == topic:
+        _kill(process)
+        return _save(before | {"state": "killed", "error": KILLED_WORKER.format(**before)})
+    if process:
         return job | {"state": "busy", "seconds": 0, "error": f"process {process.pid} of another sweep is at it"}
     worker = get_worker()
     threads = str(max(1, CPU_COUNT // slots.get(worker.address, worker.state.nthreads)))
@@ -52,7 +67,7 @@ def execute(name: str, job: dict, topic: str, slots: dict[str, int]) -> dict:
     file = folder_of(job) / "run.yaml"
     write(file, lambda path: path.write_text(yaml.safe_dump(job["parameters"], sort_keys=False), encoding="utf-8"))
     command = [sys.executable, "-m", "jqlib", "run", "-f", str(file), "--only", job["only"]]
-    job |= {"host": platform.node(), "worker": worker.address}
+    job |= {"sweep": topic, "host": platform.node(), "worker": worker.address}
     start = time.perf_counter()
     with (
         open(log_of(job), "w", encoding="utf-8") as log,
@@ -71,13 +86,16 @@ def end(jobs: dict[str, dict], dask_worker) -> list[str]:
     """On each Dask worker: end the processes of these jobs (key -> job); the keys that still keep this worker busy."""
     keys = [key for key in dask_worker.active_threads.values() if key in jobs]
     for key in keys:
-        if process := process_of(state_of(jobs[key])):
-            for each in [process, *process.children(recursive=True)]:  # the runner and its notebook's kernel
-                try:
-                    each.kill()
-                except psutil.NoSuchProcess:
-                    continue
+        _kill(process_of(state_of(jobs[key])))
     return keys
+
+
+def _kill(process: psutil.Process | None) -> None:
+    """The runner and its notebook's kernel, if they live."""
+    with suppress(psutil.NoSuchProcess):
+        for each in [process, *process.children(recursive=True)] if process else ():
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def process_of(state: dict) -> psutil.Process | None:

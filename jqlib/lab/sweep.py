@@ -169,7 +169,8 @@ def _work(client, waiting: dict[str, dict], ends: dict[str, dict]) -> bool:
 def _lost(future) -> dict:
     """The state of a job whose Dask worker, or the scheduler, went away."""
     why = future.exception() or "the scheduler went away"
-    return {"state": "killed", "seconds": 0, "error": f"Dask lost it ({why})"}
+    more = "was a worker killed, because memory ran out? The same command does the run again"
+    return {"state": "killed", "seconds": 0, "error": f"Dask lost it ({why}): {more}"}
 
 
 def _say(state: str, name: str, more: str = "") -> None:
