@@ -13,6 +13,8 @@ from jqlib.lab.style import colour_of, styled
 
 GAUSSIAN = 3  # its kurtosis
 SITES = {"qkv": "#0072B2", "ug": "#D55E00"}
+LOSSES = {"whip": colour_of("joint"), "range": colour_of("range"), "kurtosis": "#CC79A7"}
+STEPS = ("#000000", "#E69F00")
 
 
 def kurtosis_by_layer(before: Sequence[float], after: Mapping[str, Sequence[float]]) -> Figure:
@@ -95,14 +97,14 @@ def one_angle(
     with styled():
         figure, (top, below) = plt.subplots(2, 1, figsize=(7.5, 6.2), sharex=True)
         for name, values in losses.items():
-            top.plot(angles, np.asarray(values) / max(values), label=name, color=colour_of(name))
+            top.plot(angles, np.asarray(values) / max(values), label=name, color=LOSSES.get(name))
         top.set(ylabel="loss / its largest", ylim=(0, 1.05))
         top.legend(loc="lower left", ncol=len(losses))
         first = next(iter(losses))
         below.plot(angles, losses[first], color="0.75", lw=4, zorder=0)
-        for name, path in paths.items():
-            below.plot(*path.T, marker="o", ms=5, lw=1, label=f"{name}: {len(path) - 1} steps")
-        below.set(xlabel="angle (degrees)", ylabel=first)
+        for (name, path), colour in zip(paths.items(), STEPS, strict=False):
+            below.plot(*path.T, ":o", ms=5, lw=1, label=f"{name}: {len(path) - 1} steps", color=colour)
+        below.set(xlabel="angle (degrees)", ylabel=first, ylim=(0, None), xticks=range(0, 181, 45))
         below.legend(loc="best")
         return figure
 
@@ -112,19 +114,21 @@ def lowest_so_far(history: Sequence[Mapping]) -> list[float]:
     return list(accumulate((entry["loss"] for entry in history), min))
 
 
-def race(histories: Mapping[str, Sequence[Mapping]], start: float, ylabel: str) -> Figure:
-    """The lowest loss so far against seconds (log), by one rule for all; a ring at the loss of what is returned."""
+def race(histories: Mapping[str, Sequence[Mapping]], loss: str) -> Figure:
+    """The lowest loss so far, in per cent of the start, against seconds (log): one rule for all. A ring: the end."""
+    first = min(history[1]["seconds"] for history in histories.values())
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 4.2))
-        axis.axhline(start, color="0.5", ls="--", lw=1, label="start")
         for name, history in histories.items():
-            seconds, lowest = [h["seconds"] for h in history[1:]], lowest_so_far(history)[1:]
-            axis.plot(seconds, lowest, marker="o", ms=2.5, label=name, color=colour_of(name))
-            end = history[-1]
-            axis.plot(end["seconds"], end["loss"], "o", ms=10, mfc="none", color=colour_of(name))
-        axis.set(xlabel="seconds of training (log); a ring: what is returned", ylabel=ylabel, xscale="log")
+            start, end = history[0]["loss"], history[-1]
+            seconds = [first / 2, *(h["seconds"] for h in history[1:])]
+            lowest = [100 * value / start for value in lowest_so_far(history)]
+            axis.step(seconds, lowest, where="post", label=name, color=colour_of(name))
+            axis.plot(end["seconds"], 100 * end["loss"] / start, "o", ms=10, mfc="none", color=colour_of(name))
+        axis.set(xlabel="seconds of training (log); a ring: what is returned", xscale="log", ylim=(0, 105))
+        axis.set(ylabel=f"{loss} over all tokens (% of the start)")
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.legend()
+        axis.legend(loc="lower left")
         return figure
 
 
