@@ -54,6 +54,7 @@ def test_the_first_tokens_part(tiny_model, tokens):
     model = tiny_model()
     short = predicted(model, {"a": of_sites(model, 4)}, tokens(16, 1))
     assert list(short["first"]) == pytest.approx(list(short.predicted))
+    assert list(short.first_error) == pytest.approx(list(short.error))
     longer = predicted(model, {"a": of_sites(model, 4)}, tokens(16, 8))
     assert (longer["first"] < longer.predicted).all()
     assert longer["first"].sum() == pytest.approx(longer.predicted.sum() / 8, rel=0.8)

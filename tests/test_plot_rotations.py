@@ -20,10 +20,10 @@ def test_curves_of_the_race_only_fall_and_the_ring_is_what_is_returned():
     assert lowest_so_far(rising) == [200, 120, 120]
     axis = plot_rotations.race({"greedy": rising, "joint": steps(200.0, 100.0, 90.0)}, "whip").axes[0]
     greedy, ring, joint, _ = axis.lines
-    assert list(greedy.get_ydata()) == pytest.approx([100, 60, 60])
-    assert list(ring.get_ydata()) == pytest.approx([80])
-    assert list(joint.get_ydata()) == pytest.approx([100, 50, 45])
-    assert axis.get_ylim()[0] == 0  # no fall is made a cliff
+    assert list(greedy.get_ydata()) == pytest.approx([0, -40, -40])
+    assert list(ring.get_ydata()) == pytest.approx([-20])
+    assert list(joint.get_ydata()) == pytest.approx([0, -50, -55])
+    assert axis.get_ylim()[1] > 0  # from the start down: no fall is made a cliff
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -62,7 +62,7 @@ def predicted(
 
     ``rotations``: the sites' transforms by a rotation's name; one pass forward and one back serve them all. Columns
     ``rotation``, ``site``, ``kind``, ``predicted`` (nats per token of all), ``first`` (the part of it that the first
-    token of each window has) and ``error`` (the mean relative rounding error).
+    token of each window has), ``error`` and ``first_error`` (the mean relative rounding error of all, and of those).
     """
     windows, places, rows = windows.to(model.device), sites_of(model), []
     draws = torch.rand(windows.shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
@@ -76,6 +76,7 @@ def predicted(
                 "rotation": label, "site": name, "kind": places[name].kind, "predicted": of(x, h).item(),
                 "first": of(x[first], h[first]).item() / windows.shape[1],
                 "error": rounding_error(transform.apply(x), transform.grid.bits),
+                "first_error": rounding_error(transform.apply(x[first]), transform.grid.bits),
             })  # fmt: skip
     return pd.DataFrame(rows)
 

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from jqlib.lab.diagram import COLOURS
 from jqlib.lab.style import colour_of, styled
 
 GAUSSIAN = 3  # its kurtosis
@@ -115,18 +116,18 @@ def lowest_so_far(history: Sequence[Mapping]) -> list[float]:
 
 
 def race(histories: Mapping[str, Sequence[Mapping]], loss: str) -> Figure:
-    """The lowest loss so far, in per cent of the start, against seconds (log): one rule for all. A ring: the end."""
+    """The lowest loss so far, as its change from the start (%), against seconds (log). A ring: the end."""
     first = min(history[1]["seconds"] for history in histories.values())
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 4.2))
         for name, history in histories.items():
             start, end = history[0]["loss"], history[-1]
             seconds = [first / 2, *(h["seconds"] for h in history[1:])]
-            lowest = [100 * value / start for value in lowest_so_far(history)]
+            lowest = [100 * (value / start - 1) for value in lowest_so_far(history)]
             axis.step(seconds, lowest, where="post", label=name, color=colour_of(name))
-            axis.plot(end["seconds"], 100 * end["loss"] / start, "o", ms=10, mfc="none", color=colour_of(name))
-        axis.set(xlabel="seconds of training (log); a ring: what is returned", xscale="log", ylim=(0, 105))
-        axis.set(ylabel=f"{loss} over all tokens (% of the start)")
+            axis.plot(end["seconds"], 100 * (end["loss"] / start - 1), "o", ms=10, mfc="none", color=colour_of(name))
+        axis.set(xlabel="seconds of training (log); a ring: what is returned", xscale="log")
+        axis.set(ylabel=f"{loss} over all tokens, change (%)")
         axis.xaxis.set_major_formatter("{x:g}")
         axis.legend(loc="lower left")
         return figure
@@ -163,7 +164,8 @@ def before_and_after(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], xlabel:
         figure, axes = plt.subplots(1, len(pairs), figsize=(3.4 * len(pairs), 3.9), squeeze=False)
         for axis, (name, (before, after)) in zip(axes[0], pairs.items(), strict=True):
             top = 105 * max(before.max(), after.max())
-            axis.plot(100 * before.ravel(), 100 * after.ravel(), ".", ms=5, alpha=0.7, color=colour_of(name))
+            colour = next((colour for part, colour in COLOURS.items() if part in name), colour_of(name))
+            axis.plot(100 * before.ravel(), 100 * after.ravel(), ".", ms=5, alpha=0.7, color=colour)
             axis.plot([0, top], [0, top], color="0.6", lw=1, zorder=0)
             axis.set(title=f"{name}\nlower in {(after < before).mean():.0%}", xlim=(0, top), ylim=(0, top))
             axis.set(xlabel=xlabel)
