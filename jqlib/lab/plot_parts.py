@@ -1,0 +1,171 @@
+"""Figures of notebooks 04 and 06: which part pays, and which part buys what. Plain numbers in, the figure out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from torch import from_numpy
+
+from jqlib.lab.style import colour_of, styled
+from jqlib.transform.grids import round_to_nearest
+
+Pair = tuple[Sequence[float], Sequence[float]]  # before and after
+
+PARTS = {"activations": "#CC79A7", "weights": "#56B4E9", "both": "#333333"}
+FAR = 3  # so many times further out than the rest, and a value is written instead of drawn
+
+
+def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[str, float]], title: str = "α") -> Figure:
+    """Relative errors over α, in per cent, log axis: a panel per name, a line per column ("weights", "weights, rms").
+
+    What follows a comma in a column's name is drawn dashed. ``none``: the same errors without smoothing, at the left.
+    """
+    with styled():
+        figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.9), sharey=True, squeeze=False)
+        for axis, (name, table) in zip(axes[0], panels.items(), strict=True):
+            for column, errors in table.items():
+                part, _, how = column.partition(", ")
+                look = {"color": PARTS[part], "ls": "--" if how else "-", "marker": "o", "ms": 3}
+                axis.plot(table.index, 100 * errors, **look, label=column)
+            for part, error in none[name].items():
+                axis.plot(-0.15, 100 * error, "D", ms=5, color=PARTS[part])
+            axis.axvline(-0.07, color="0.8", lw=0.8)
+            axis.set(title=name, xlabel=title, yscale="log", xlim=(-0.24, 1.05))
+            axis.set_xticks([-0.15, 0, 0.25, 0.5, 0.75, 1], ["none", "0", "0.25", "0.5", "0.75", "1"])
+            _plain(axis.yaxis)
+        axes[0, 0].set_ylabel("error at the output (%)")
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncol=2)
+        return figure
+
+
+def weight_group(groups: Mapping[str, np.ndarray], bits: int) -> Figure:
+    """Weights that share a scale, each divided by it: one shared axis in steps of the grid. Those in the grey band
+    become 0."""
+    with styled():
+        figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.6), sharey=True, squeeze=False)
+        for axis, (name, group) in zip(axes[0], groups.items(), strict=True):
+            rounded, scale = round_to_nearest(from_numpy(group)[None], bits, len(group))
+            zero, steps = rounded[0].numpy() == 0, group / abs(scale.item())
+            axis.axhspan(-0.5, 0.5, color="0.9", lw=0)
+            for lost, colour in ((True, "0.55"), (False, PARTS["weights"])):
+                axis.plot(np.flatnonzero(zero == lost), steps[zero == lost], "o", ms=4, color=colour)
+            axis.set(
+                title=f"{name}\n{zero.mean():.0%} of its {len(group)} weights become 0", xlabel="channel of the group"
+            )
+            axis.grid(False)
+        axes[0, 0].set_ylabel("weight / step of its grid")
+        return figure
+
+
+def before_and_after(panels: Mapping[str, Mapping[str, Pair]], ylabel: str) -> Figure:
+    """By layer, log axis: a panel per name, a colour per part ("activations", "weights"), before (dashed) and after."""
+    with styled():
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.9), sharey=True, squeeze=False)
+        for axis, (name, parts) in zip(axes[0], panels.items(), strict=True):
+            for part, pair in parts.items():
+                for when, values, dash in zip(("before", "after"), pair, ("--", "-"), strict=True):
+                    axis.plot(values, dash, marker="o", ms=3, color=PARTS[part], label=f"{part}, {when}")
+            axis.set(title=name, xlabel="layer", yscale="log")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            _plain(axis.yaxis)
+        axes[0, 0].set_ylabel(ylabel)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+        return figure
+
+
+def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
+    """ln(PPL/reference's), ``value`` with [``low``, ``high``], one row per ``label`` below its ``group``.
+
+    ``band``: what chance does, nats to either side. Hollow: inside it, or the interval holds 0. Values that lie far
+    out are written at the edge.
+    """
+    groups = list(dict.fromkeys(table.group))
+    rows = [row for group in groups for row in [group, *table[table.group == group].itertuples()]]
+    values = table[["value", "low", "high"]].astype(float)
+    end = max(_edge(values.value.abs()), 2 * band)
+    shown = values[values.value.abs() <= end]
+    left, right = (
+        np.nanmin([shown.to_numpy().min(initial=0), -band, -0.1 * end]),
+        max(end, np.nanmax(shown.to_numpy())),
+    )
+    with styled():
+        figure, axis = plt.subplots(figsize=(7.5, 1.1 + 0.3 * len(rows)))
+        if band:
+            axis.axvspan(-band, band, color="0.88", lw=0, label=f"luck: ±{band:.2f}")
+            axis.legend(loc="lower right", bbox_to_anchor=(1, 1))
+        axis.axvline(0, color="k", ls="--", lw=1)
+        for y, row in enumerate(rows):
+            if not isinstance(row, str):
+                _change(axis, y, row, band, right)
+        axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token: better to the left", xlim=(1.05 * left, 1.3 * right))
+        axis.set(ylim=(len(rows) - 0.4, -0.6))
+        axis.set_yticks(range(len(rows)), [row if isinstance(row, str) else row.label for row in rows])
+        for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
+            tick.set_fontweight("bold" if isinstance(row, str) else "normal")
+        axis.yaxis.grid(False)
+        return figure
+
+
+def _change(axis, y: int, row, band: float, right: float) -> None:
+    colour, value = colour_of(row.label) or PARTS["both"], float(row.value)
+    if value > right:
+        axis.plot(1.03 * right, y, ">", color=colour)
+        axis.text(
+            1.0 * right, y, f"{value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})", va="center", ha="right", fontsize=9
+        )
+        return
+    clear = abs(value) > band and (math.isnan(row.low) or not row.low <= 0 <= row.high)
+    axis.errorbar(value, y, xerr=[[value - row.low], [row.high - value]], fmt="o", capsize=3, color=colour,
+                  mfc=colour if clear else "white")  # fmt: skip
+    axis.text(np.nanmax([value, row.high]) + 0.02 * right, y, f"{value:+.2f}", va="center", fontsize=9)
+
+
+def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Figure:
+    """A number over bits, linear axis, a line per part, every value written: the largest of a place above its point."""
+    with styled():
+        figure, axis = plt.subplots(figsize=(7.5, 4))
+        for part, values in lines.items():
+            bits = sorted(values)
+            axis.plot(bits, [values[b] for b in bits], marker="o", color=PARTS[part], label=part)
+            for b in bits:
+                above = part == max(lines, key=lambda name: lines[name].get(b, -math.inf))
+                text = {"xytext": (4, 6), "ha": "left"} if above else {"xytext": (-4, -14), "ha": "right"}
+                text |= {"textcoords": "offset points", "color": PARTS[part]}
+                axis.annotate(f"{values[b]:.2f}", (b, values[b]), **text)
+        axis.set(xlabel="bits", ylabel=ylabel, xticks=sorted({b for values in lines.values() for b in values}))
+        axis.axhline(0, color="k", ls="--", lw=1)
+        axis.margins(0.08, 0.12)
+        axis.legend()
+        return figure
+
+
+def strip(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
+    """A row per name, a dot per seed, a bar at their mean."""
+    with styled():
+        figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(values)))
+        for y, (name, of) in enumerate(values.items()):
+            axis.plot(of, [y] * len(of), "o", ms=7, alpha=0.7, color=colour_of(name))
+            axis.plot(np.mean(of), y, "|", ms=18, mew=2, color="k")
+        axis.set(xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
+        axis.set_yticks(range(len(values)), values)
+        return figure
+
+
+def _edge(sizes: Sequence[float]) -> float:
+    """The largest that is not `FAR` times further out than the one before it, from the median on; 0 of none."""
+    upper = sorted(sizes)[len(sizes) // 2 :]
+    return next((low for low, high in pairwise(upper) if high > FAR * low > 0), upper[-1] if upper else 0.0)
+
+
+def _plain(axis) -> None:
+    """1, 2, 5, 10, … along a logarithmic axis, and more on a short one."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
