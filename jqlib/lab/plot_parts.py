@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -95,7 +96,7 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
         max(end, np.nanmax(shown.to_numpy())),
     )
     with styled():
-        figure, axis = plt.subplots(figsize=(7.5, 1.1 + 0.3 * len(rows)))
+        figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.32 * len(rows)))
         if band:
             axis.axvspan(-band, band, color="0.88", lw=0, label=f"luck: ±{band:.2f}")
             axis.legend(loc="lower right", bbox_to_anchor=(1, 1))
@@ -103,9 +104,9 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
         for y, row in enumerate(rows):
             if not isinstance(row, str):
                 _change(axis, y, row, band, right)
-        axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token: better to the left", xlim=(1.05 * left, 1.3 * right))
+        axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", xlim=(1.05 * left, 1.3 * right))
         axis.set(ylim=(len(rows) - 0.4, -0.6))
-        axis.set_yticks(range(len(rows)), [row if isinstance(row, str) else row.label for row in rows])
+        axis.set_yticks(range(len(rows)), [fill(row if isinstance(row, str) else row.label, 32) for row in rows])
         for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
             tick.set_fontweight("bold" if isinstance(row, str) else "normal")
         axis.yaxis.grid(False)
@@ -123,7 +124,9 @@ def _change(axis, y: int, row, band: float, right: float) -> None:
     clear = abs(value) > band and (math.isnan(row.low) or not row.low <= 0 <= row.high)
     axis.errorbar(value, y, xerr=[[value - row.low], [row.high - value]], fmt="o", capsize=3, color=colour,
                   mfc=colour if clear else "white")  # fmt: skip
-    axis.text(np.nanmax([value, row.high]) + 0.02 * right, y, f"{value:+.2f}", va="center", fontsize=9)
+    behind = min(np.nanmax([value, row.high]) + 0.02 * right, 1.12 * right)
+    box = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
+    axis.text(behind, y, f"{value:+.2f}", va="center", fontsize=9, bbox=box)
 
 
 def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Figure:
