@@ -25,9 +25,16 @@ def test_a_change_far_out_is_written_and_does_not_stretch_the_axis():
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["a", "small", "middle", "b", "huge"]
     points, texts = drawn(axis)
     assert {y: line.get_xdata()[0] for y, line in points.items()} == {1: 0.05, 2: -0.1}
-    assert texts == {1: "+0.05", 2: "-0.10", 4: f"+4.00 (PPL × {math.exp(4):.3g})"}
+    assert texts == {1: "+0.05", 2: "-0.10", 4: f"   +4.00 (PPL × {math.exp(4):.3g})   "}
     left, right = axis.get_xlim()
     assert left < -0.12 < 0.08 < right < 1
+
+
+def test_a_change_far_out_to_the_left():
+    table = rows(("a", "small", 0.05, 0.02, 0.08), ("a", "middle", -0.1, -0.12, -0.08), ("b", "huge", -4.0, -5, -3))
+    axis = plot_parts.changes(table, "the reference").axes[0]
+    assert "-4.00" in drawn(axis)[1][4]
+    assert next(line for line in axis.lines if line.get_marker() == "<").get_xdata()[0] == pytest.approx(-0.126)
 
 
 def test_a_change_within_luck_or_its_own_interval_is_hollow():

@@ -18,7 +18,7 @@ from jqlib.transform.grids import round_to_nearest
 Pair = tuple[Sequence[float], Sequence[float]]  # before and after
 
 PARTS = {"activations": "#CC79A7", "weights": "#56B4E9", "both": "#333333"}
-FAR = 3  # so many times further out than the rest, and a value is written instead of drawn
+FAR = 5  # so many times further out than the rest, and a value is written instead of drawn
 
 
 def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[str, float]], title: str = "α") -> Figure:
@@ -103,7 +103,7 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
         axis.axvline(0, color="k", ls="--", lw=1)
         for y, row in enumerate(rows):
             if not isinstance(row, str):
-                _change(axis, y, row, band, right)
+                _change(axis, y, row, band, left, right)
         axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", xlim=(1.05 * left, 1.3 * right))
         axis.set(ylim=(len(rows) - 0.4, -0.6))
         axis.set_yticks(range(len(rows)), [fill(row if isinstance(row, str) else row.label, 32) for row in rows])
@@ -113,12 +113,13 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
         return figure
 
 
-def _change(axis, y: int, row, band: float, right: float) -> None:
+def _change(axis, y: int, row, band: float, left: float, right: float) -> None:
     colour, value = colour_of(row.label) or PARTS["both"], float(row.value)
-    if value > right:
-        axis.plot(1.03 * right, y, ">", color=colour)
+    if not left <= value <= right:
+        edge, mark, ha = (1.25 * right, ">", "right") if value > 0 else (1.05 * left, "<", "left")
+        axis.plot(edge, y, mark, color=colour, clip_on=False)
         axis.text(
-            1.0 * right, y, f"{value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})", va="center", ha="right", fontsize=9
+            edge, y, f"   {value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})   ", va="center", ha=ha, fontsize=9
         )
         return
     clear = abs(value) > band and (math.isnan(row.low) or not row.low <= 0 <= row.high)
