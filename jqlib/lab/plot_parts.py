@@ -90,11 +90,9 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
     rows = [row for group in groups for row in [group, *table[table.group == group].itertuples()]]
     values = table[["value", "low", "high"]].astype(float)
     end = max(_edge(values.value.abs()), 2 * band)
-    shown = values[values.value.abs() <= end]
-    left, right = (
-        np.nanmin([shown.to_numpy().min(initial=0), -band, -0.1 * end]),
-        max(end, np.nanmax(shown.to_numpy())),
-    )
+    shown = values[values.value.abs() <= end].to_numpy()
+    left, right = np.nanmin([*shown.flat, -band, -0.1 * end]), np.nanmax([*shown.flat, band, 0.1 * end])
+    left, right = left - 0.05 * (right - left), right + 0.15 * (right - left)  # room for the last one's number
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.32 * len(rows)))
         if band:
@@ -104,7 +102,7 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
         for y, row in enumerate(rows):
             if not isinstance(row, str):
                 _change(axis, y, row, band, left, right)
-        axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", xlim=(1.05 * left, 1.3 * right))
+        axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", xlim=(left, right))
         axis.set(ylim=(len(rows) - 0.4, -0.6))
         axis.set_yticks(range(len(rows)), [fill(row if isinstance(row, str) else row.label, 32) for row in rows])
         for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
@@ -114,20 +112,18 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
 
 
 def _change(axis, y: int, row, band: float, left: float, right: float) -> None:
-    colour, value = colour_of(row.label) or PARTS["both"], float(row.value)
+    colour, value, text = colour_of(row.label) or PARTS["both"], float(row.value), {"va": "center", "fontsize": 9}
     if not left <= value <= right:
-        edge, mark, ha = (1.25 * right, ">", "right") if value > 0 else (1.05 * left, "<", "left")
+        edge, mark, side = (right, ">", "right") if value > 0 else (left, "<", "left")
         axis.plot(edge, y, mark, color=colour, clip_on=False)
-        axis.text(
-            edge, y, f"   {value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})   ", va="center", ha=ha, fontsize=9
-        )
+        axis.text(edge, y, f"   {value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})   ", ha=side, **text)
         return
     clear = abs(value) > band and (math.isnan(row.low) or not row.low <= 0 <= row.high)
     axis.errorbar(value, y, xerr=[[value - row.low], [row.high - value]], fmt="o", capsize=3, color=colour,
                   mfc=colour if clear else "white")  # fmt: skip
-    behind = min(np.nanmax([value, row.high]) + 0.02 * right, 1.12 * right)
+    behind = min(np.nanmax([value, row.high]) + 0.015 * (right - left), right - 0.08 * (right - left))
     box = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
-    axis.text(behind, y, f"{value:+.2f}", va="center", fontsize=9, bbox=box)
+    axis.text(behind, y, f"{value:+.2f}", bbox=box, **text)
 
 
 def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Figure:
