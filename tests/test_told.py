@@ -19,16 +19,16 @@ def test_losses_are_the_tokens_own(tiny_model, tokens):
 
 
 def test_positions_are_counted_from_the_windows_first_token():
-    extra = torch.zeros(2, 11)  # of tokens 1 to 11
-    extra[:, 0], extra[:, 2], extra[:, 10] = 3.0, 1.0, 8.0
+    extra = torch.zeros(2, 20)  # of tokens 1 to 20
+    extra[:, 0], extra[:, 7], extra[:, 19] = 7.0, 1.0, 10.0
     table = by_position(extra)
-    assert list(zip(table["first"], table["last"], strict=True)) == [(1, 1), (2, 3), (4, 7), (8, 11)]
-    assert table.extra.tolist() == [3.0, 0.5, 0.0, 2.0]
-    assert table.share.tolist() == pytest.approx([3 / 12, 1 / 12, 0, 8 / 12])
+    assert list(zip(table["first"], table["last"], strict=True)) == [(1, 7), (8, 15), (16, 20)]
+    assert table.extra.tolist() == [1.0, 0.125, 2.0]
+    assert table.share.tolist() == pytest.approx([7 / 18, 1 / 18, 10 / 18])
     assert not table.error.any()  # both windows alike
 
 
-@pytest.mark.parametrize("tokens", range(1, 18))
+@pytest.mark.parametrize("tokens", range(1, 40))
 def test_positions_cover_every_token_once(tokens):
     table = by_position(torch.ones(1, tokens))
     assert table["first"].iloc[0] == 1

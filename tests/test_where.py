@@ -27,6 +27,7 @@ def test_a_passage_is_what_both_models_make_of_the_windows(tiny_model, tokens):
     found = passage(model, exact, windows)
     states = [it(windows, output_hidden_states=True).hidden_states[1] for it in (model, exact)]  # behind the first
     torch.testing.assert_close(found.off[0], (states[0] - states[1]).norm(dim=-1) / states[1].norm(dim=-1))
+    torch.testing.assert_close(found.length[0], states[1].norm(dim=-1))
     for nll, it in ((found.nll, model), (found.exact, exact)):
         assert nll[1].mean().item() == pytest.approx(read_window(it, windows[1])[0], rel=1e-5)
 

@@ -125,7 +125,9 @@ def _step(axis, y: int, values: Sequence[float], edge: float, luck: float) -> No
 
 
 def by_position(tables: Mapping[str, pd.DataFrame]) -> Figure:
-    """What a token costs beyond FP by where it stands in its window: `told.by_position`'s table of each method."""
+    """What a token costs beyond FP by where it stands in its window: `told.by_position`'s table of each method, a bar
+    for one standard error over windows.
+    """
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 3.6))
         for name, table in tables.items():
@@ -167,7 +169,7 @@ def sites(table: pd.DataFrame) -> Figure:
 def attention_maps(maps: Mapping[str, np.ndarray]) -> Figure:
     """Who looks at whom, (tokens, tokens) each: rows look, columns are looked at."""
     with styled():
-        figure, axes = plt.subplots(1, len(maps), figsize=(2.5 * len(maps) + 0.7, 3), squeeze=False, sharey=True)
+        figure, axes = plt.subplots(1, len(maps), figsize=(1.9 * len(maps) + 0.9, 2.7), squeeze=False, sharey=True)
         for axis, (name, table) in zip(axes[0], maps.items(), strict=True):
             image = axis.imshow(np.where(np.tri(len(table)) > 0, table, np.nan), norm=PowerNorm(0.5, 0, 1))
             axis.set(title=name, xlabel="token looked at")

@@ -1,16 +1,25 @@
 """Two of the road's steps from near: GPTQ on one layer's weights, and what `tune` learns and moves."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from jqlib import pipeline
+from jqlib.calibration import lessons_step
+from jqlib.config import Config
+from jqlib.inputs import steps_of
 from jqlib.learn.lessons import Lessons
+from jqlib.learn.tune import tune
 from jqlib.model.families import family_of, norms_of, sites_of
 from jqlib.model.walk import walk
 from jqlib.quant.gptq import gptq, hessians_of
 from jqlib.quant.packed import packed_codes, rounded_linears
+from jqlib.recipes import Recipe
 from jqlib.transform.grids import quantize_weight
 from jqlib.transform.install import standing
 
@@ -33,6 +42,19 @@ class Watched:
         found = self.lessons.loss(model, pieces)
         self.losses.append((pieces, found.item()))
         return found
+
+
+def tuned_again(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> tuple[dict[str, list[float]], nn.Module]:
+    """`tune` of a row of the table once more, watched: the mean KL (nats per token) at every step, by the model as it
+    was before tuning and as it becomes, on the same text; and the model that comes out.
+    """
+    made = partial(pipeline.quantised, config, replace(recipe, tune=False), w_bits, a_bits)
+    model, watched = made(), Watched(Lessons(**lessons_step(config).get()[0]))
+    tune(model, watched, steps_of(config, 1), clips=recipe.a_clip is not None)
+    untuned = made()
+    with torch.inference_mode():
+        before = [watched.lessons.loss(untuned, pieces).item() for pieces, _ in tqdm(watched.losses, "untuned")]
+    return {"before tuning": before, "while tuning": [loss for _, loss in watched.losses]}, model
 
 
 @torch.inference_mode()

@@ -36,10 +36,11 @@ def losses(head: nn.Module, hidden: Tensor, windows: Tensor) -> Tensor:
 
 
 def by_position(extra: Tensor) -> pd.DataFrame:
-    """Mean ``extra`` loss (windows, seqlen − 1) of tokens 1, 2 to 3, 4 to 7, … of a window, with its standard error
-    over windows (``error``), and each part's ``share`` of all of it. Windows are counted from token 0.
+    """Mean ``extra`` loss (windows, seqlen − 1) of tokens 1 to 7, 8 to 15, 16 to 31, … of a window, with its standard
+    error over windows (``error``), and each part's ``share`` of all of it. Windows are counted from token 0.
     """
-    ends = [2**i for i in range(extra.shape[1].bit_length())] + [extra.shape[1] + 1]
+    count = extra.shape[1]
+    ends = [1, *(2**i for i in range(3, count.bit_length())), count + 1]
     parts = [(low, high - 1, extra[:, low - 1 : high - 1]) for low, high in pairwise(ends)]
     rows = []
     for first, last, part in parts:

@@ -17,11 +17,13 @@ from jqlib.transform.install import standing
 
 
 class Passage(NamedTuple):
-    """Two models on the same windows. ``off``: ‖h − h_exact‖ / ‖h_exact‖ behind every layer, (layers, windows, seqlen).
-    ``nll``, ``exact``: nats for each token but a window's first, (windows, seqlen − 1), of the one and of the other.
+    """Two models on the same windows. Behind every layer, (layers, windows, seqlen): ``off``, ‖h − h_exact‖/‖h_exact‖,
+    and ``length``, ‖h_exact‖. ``nll``, ``exact``: nats for each token but a window's first, (windows, seqlen − 1), of
+    the one and of the other.
     """
 
     off: Tensor
+    length: Tensor
     nll: Tensor
     exact: Tensor
 
@@ -31,14 +33,15 @@ def passage(model: nn.Module, exact: nn.Module, windows: Tensor, label: str | No
     """``model``, rounded, beside ``exact``, the same with nothing rounded: smoothed and rotated likewise, so that
     their hidden states can be compared. ``label``: of the progress; None shows none.
     """
-    off = []
+    off, length = [], []
     for step, plain in zip(walk(model, windows, label), walk(exact, windows), strict=True):
         step.forward()
         plain.forward()
-        off.append((step.hidden - plain.hidden).norm(dim=-1) / plain.hidden.norm(dim=-1))
+        length.append(plain.hidden.norm(dim=-1))
+        off.append((step.hidden - plain.hidden).norm(dim=-1) / length[-1])
     read = [losses(it.get_output_embeddings(), _normed(it, last.hidden), windows)
             for it, last in ((model, step), (exact, plain))]  # fmt: skip
-    return Passage(torch.stack(off).cpu(), *read)
+    return Passage(torch.stack(off).cpu(), torch.stack(length).cpu(), *read)
 
 
 @torch.inference_mode()
