@@ -51,8 +51,8 @@ def _line(axis, y: float, colour: str | None, found: tuple[float, float, float],
     if np.isnan(value):
         return
     if value > edge:
-        axis.plot([edge], [y], ">", color=colour)
-        axis.text(edge * 1.05, y, f"{value:.2f}", va="center", fontsize=9)
+        axis.plot([edge * 1.08], [y], ">", color=colour)
+        axis.text(edge * 1.12, y, f"{value:.2f}", va="center", fontsize=9)
         return
     axis.plot([low, high], [y, y], color=colour, lw=4, alpha=0.4, solid_capstyle="butt")
     axis.plot([value], [y], "o", color=colour, ms=5)
