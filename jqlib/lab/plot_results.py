@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from jqlib.lab.style import colour_of, styled
 
@@ -188,6 +188,7 @@ def learning(curves: Mapping[str, Sequence[float]]) -> Figure:
         for (name, values), look in zip(curves.items(), ("o--", "o-"), strict=False):
             axis.plot(range(1, len(values) + 1), values, look, ms=4, label=name,
                       color=colour_of("RTN" if look == "o--" else "JointQuant, best"))  # fmt: skip
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set(xlabel="step (each on other text)", ylabel="KL from FP,\nnats per token", ylim=(0, None))
         axis.legend()
         return figure
