@@ -18,17 +18,6 @@ def test_a_notebook_shows_every_figure():
     assert all("image/png" in outputs[0] for outputs in shown[1:])
 
 
-def test_rows_without_an_interval_or_below_fp_are_drawn():
-    table = pd.DataFrame({"name": ["a", "b"], "kind": ["x", "y"]}).assign(
-        gap=[0.5, -0.01], gap_low=[None, -0.02], gap_high=[None, 0.01],
-        kl=[0.4, 0.02], kl_low=[None, 0.01], kl_high=[None, 0.03],
-    )  # fmt: skip
-    left, right = plots.fidelity(table, "name", "kind").axes
-    assert [text.get_text() for text in left.texts] == ["-0.01", "0.50"]  # the best at the top
-    assert [text.get_text() for text in right.texts] == ["0.02", "0.40"]
-    assert left.get_xscale() == right.get_xscale() == "log"
-
-
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1.0])
 def test_errors_of_any_size_have_a_colour(size):
     """At 12 bits and more they are below 1e-6."""

@@ -206,46 +206,6 @@ def intervals(table: pd.DataFrame, label: str, groups: str, xlabel: str, line: f
         return figure
 
 
-def fidelity(table: pd.DataFrame, label: str, groups: str) -> Figure:
-    """``gap``, ln(PPL/FP), and ``kl``, each with its interval (``gap_low`` …): one row a line, the best at the top."""
-    table = table.sort_values("gap")
-    panels = {"gap": "ln(PPL / FP), nats per token (log)", "kl": "KL from FP, nats per token (log)"}
-    with styled():
-        figure, axes = plt.subplots(1, 2, figsize=(10, 1.3 + 0.36 * len(table)), sharey=True)
-        for axis, (name, xlabel) in zip(axes, panels.items(), strict=True):
-            values = table[[name, f"{name}_low", f"{name}_high"]].astype(float).clip(lower=1e-3)
-            value, low, high = (values[column].to_numpy() for column in values)
-            for kind in dict.fromkeys(table[groups]):
-                of = (table[groups] == kind).to_numpy()
-                error = [(value - low)[of], (high - value)[of]]
-                axis.errorbar(value[of], np.flatnonzero(of), xerr=error, fmt="o", capsize=3, label=kind)
-            for y, x, end in zip(range(len(table)), table[name], np.nanmax([value, high], 0), strict=True):
-                axis.text(end * 1.08, y, f"{x:.2f}", va="center", fontsize=8)
-            left, right = np.nanmin([value, low]), np.nanmax([value, high])
-            axis.set(xscale="log", xlabel=xlabel, xlim=(left * 0.8, right * 1.7))
-            _plain_decades(axis.xaxis, (1, 2, 5) if right < 50 * left else (1,))
-        axes[0].set(yticks=range(len(table)), yticklabels=table[label], ylim=(len(table) - 0.4, -0.6))
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncol=2)
-        return figure
-
-
-def waterfall(costs: Mapping[str, float], xlabel: str) -> Figure:
-    """From the first cost to the last, log axis: a bar a step, from what was left before it to what is left after."""
-    names, values = list(costs), np.maximum(list(costs.values()), 1e-3)
-    before = np.array([values[0] * 1.02, *values[:-1]])
-    with styled():
-        figure, axis = plt.subplots(figsize=(8, 1.2 + 0.45 * len(names)))
-        colours = ["C0" if after <= was else "C1" for was, after in zip(before, values, strict=True)]
-        axis.barh(names, np.abs(before - values), left=np.minimum(before, values), color=colours, alpha=0.6)
-        axis.plot(values, names, "k|", ms=16, mew=2)
-        for name, value in zip(names, values, strict=True):
-            axis.text(value * 0.96, name, f"{value:.2f}", va="center", ha="right")
-        axis.set(xscale="log", xlabel=xlabel, xlim=(values.min() * 0.7, values.max() * 1.1))
-        _plain_decades(axis.xaxis)
-        axis.invert_yaxis()
-        return figure
-
-
 def _plain_decades(axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
     """1, 2, 5, 10, … along a logarithmic axis."""
     axis.set_major_locator(LogLocator(subs=steps))

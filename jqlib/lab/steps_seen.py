@@ -1,0 +1,117 @@
+"""Two of the road's steps from near: GPTQ on one layer's weights, and what `tune` learns and moves."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jqlib import pipeline
+from jqlib.calibration import lessons_step
+from jqlib.config import Config
+from jqlib.inputs import steps_of
+from jqlib.learn.lessons import Lessons
+from jqlib.learn.tune import tune
+from jqlib.model.families import family_of, norms_of, sites_of
+from jqlib.model.walk import walk
+from jqlib.quant.gptq import gptq, hessians_of
+from jqlib.quant.packed import packed_codes, rounded_linears
+from jqlib.recipes import Recipe
+from jqlib.transform.grids import quantize_weight
+from jqlib.transform.install import standing
+
+
+class Watched:
+    """`Lessons` that keep every loss they give: ``losses``, pairs of the pieces asked about and the mean KL."""
+
+    def __init__(self, lessons: Lessons):
+        self.lessons, self.losses = lessons, []
+
+    @property
+    def ids(self) -> Tensor:
+        return self.lessons.ids
+
+    def to(self, device: torch.device) -> "Watched":
+        self.lessons = self.lessons.to(device)
+        return self
+
+    def loss(self, model: nn.Module, pieces: Tensor) -> Tensor:
+        found = self.lessons.loss(model, pieces)
+        self.losses.append((pieces, found.item()))
+        return found
+
+
+def tuned_again(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> tuple[dict[str, list[float]], nn.Module]:
+    """`tune` of a row of the table once more, watched: the mean KL (nats per token) at every step, by the model as it
+    was before tuning and as it becomes, on the same text; and the model that comes out.
+    """
+    made = partial(pipeline.quantised, config, replace(recipe, tune=False), w_bits, a_bits)
+    model, watched = made(), Watched(Lessons(**lessons_step(config).get()[0]))
+    tune(model, watched, steps_of(config, 1), clips=recipe.a_clip is not None)
+    untuned = made()
+    with torch.inference_mode():
+        before = [watched.lessons.loss(untuned, pieces).item() for pieces, _ in tqdm(watched.losses, "untuned")]
+    return {"before tuning": before, "while tuning": [loss for _, loss in watched.losses]}, model
+
+
+@torch.inference_mode()
+def rounded_two_ways(model: nn.Module, windows: Tensor, layer: int, bits: int, groupsize: int) -> pd.DataFrame:
+    """One layer's weights by RTN and by GPTQ: the relative error of the weights, ‖ΔW‖/‖W‖, and of what the linears of
+    a site put out on these token windows, ‖XΔWᵀ‖/‖XWᵀ‖; one row per site and rounding. The model stays as it is.
+    """
+    places = [place for place in sites_of(model).values() if place.layer == layer]
+    for i, step in enumerate(walk(model, windows)):
+        if i == layer:
+            hessians = hessians_of(step, places)
+            break
+    rows = []
+    for place in places:
+        W, H = place.weight.float(), hessians[place.name]
+        ways = {"RTN": quantize_weight(W, bits, groupsize), "GPTQ": gptq(W, H, bits, groupsize, name=place.name)[0]}
+        for way, rounded in ways.items():
+            error = rounded - W
+            output = (_energy(error, H) / _energy(W, H)).sqrt().item()
+            rows.append({"site": place.kind, "rounded by": way, "weights": (error.norm() / W.norm()).item(),
+                         "output": output})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def moved(before: nn.Module, after: nn.Module) -> pd.DataFrame:
+    """By how much two rounded models differ in what is stored beside the integers: per kind of number, how many there
+    are, and the median, the 99th percentile and the largest of their relative changes.
+    """
+    kinds = {"scales of weight groups": _scales, "gains of norms": _gains, "clips": _clips}
+    return pd.DataFrame({kind: _change(of(before), of(after)) for kind, of in kinds.items() if of(before)}).T
+
+
+def same_codes(one: nn.Module, other: nn.Module) -> bool:
+    """Whether all integers of two rounded models are the same."""
+    pairs = zip(rounded_linears(one).values(), rounded_linears(other).values(), strict=True)
+    return all(torch.equal(packed_codes(a), packed_codes(b)) for a, b in pairs)
+
+
+def _energy(W: Tensor, H: Tensor) -> Tensor:
+    """tr(W H Wᵀ) = ‖XWᵀ‖², H = XᵀX."""
+    return ((W @ H) * W).sum()
+
+
+def _scales(model: nn.Module) -> list[Tensor]:
+    return [linear.grid.scale for linear in rounded_linears(model).values()]
+
+
+def _gains(model: nn.Module) -> list[Tensor]:
+    return [norm.weight for norm in (*norms_of(model).values(), model.get_submodule(family_of(model).final_norm))]
+
+
+def _clips(model: nn.Module) -> list[Tensor]:
+    return [transform.grid.clip for transform in standing(model).values() if transform.rounds]
+
+
+def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
+    old, new = (torch.cat([tensor.detach().flatten().double() for tensor in it]) for it in (before, after))
+    ratio = ((new - old) / old).abs()
+    return {"numbers": len(ratio), "median": ratio.median().item(), "99%": ratio.quantile(0.99).item(),
+            "largest": ratio.max().item()}  # fmt: skip

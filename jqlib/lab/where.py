@@ -1,0 +1,94 @@
+"""Where a rounded model's loss arises: over its depth, at one site of one layer, where attention leans."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from jqlib.lab.told import losses
+from jqlib.learn.lessons import Divergence
+from jqlib.model.families import family_of, sites_of
+from jqlib.model.walk import walk
+from jqlib.transform.grids import OFF
+from jqlib.transform.install import standing
+
+
+class Passage(NamedTuple):
+    """Two models on the same windows. Behind every layer, (layers, windows, seqlen): ``off``, ‖h − h_exact‖/‖h_exact‖,
+    and ``length``, ‖h_exact‖. ``nll``, ``exact``: nats for each token but a window's first, (windows, seqlen − 1), of
+    the one and of the other.
+    """
+
+    off: Tensor
+    length: Tensor
+    nll: Tensor
+    exact: Tensor
+
+
+@torch.inference_mode()
+def passage(model: nn.Module, exact: nn.Module, windows: Tensor, label: str | None = None) -> Passage:
+    """``model``, rounded, beside ``exact``, the same with nothing rounded: smoothed and rotated likewise, so that
+    their hidden states can be compared. ``label``: of the progress; None shows none.
+    """
+    off, length = [], []
+    for step, plain in zip(walk(model, windows, label), walk(exact, windows), strict=True):
+        step.forward()
+        plain.forward()
+        length.append(plain.hidden.norm(dim=-1))
+        off.append((step.hidden - plain.hidden).norm(dim=-1) / length[-1])
+    read = [losses(it.get_output_embeddings(), _normed(it, last.hidden), windows)
+            for it, last in ((model, step), (exact, plain))]  # fmt: skip
+    return Passage(torch.stack(off).cpu(), torch.stack(length).cpu(), *read)
+
+
+@torch.inference_mode()
+def one_at_a_time(model: nn.Module, windows: Tensor) -> pd.DataFrame:
+    """The KL (nats per token) from itself with nothing rounded, when one site of one layer rounds what it reads: layer
+    down, kind of site across. ``model``: its activations are rounded, its weights not; afterwards nothing is.
+    """
+    grids = {name: transform.grid for name, transform in standing(model).items() if transform.rounds}
+    bits = {name: grid.bits for name, grid in grids.items()}
+    for grid in grids.values():
+        grid.bits = OFF
+    steps = [replace(step, hidden=step.hidden.clone()) for step in walk(model, windows)]
+    head = model.get_output_embeddings().weight
+
+    def end(first: int) -> Tensor:
+        hidden = steps[first].hidden.clone()
+        for step in steps[first:]:
+            for part in step.parts():
+                hidden[part] = step.run(hidden[part])
+        return _normed(model, hidden).flatten(0, 1)
+
+    exact, places, rows = end(0), sites_of(model), []
+    for name, grid in tqdm(grids.items(), "one site at a time", unit="site"):
+        grid.bits, place = bits[name], places[name]
+        kl = Divergence.apply(end(place.layer), head, exact, head).item()
+        rows.append({"layer": place.layer, "site": place.kind, "kl": kl})
+        grid.bits = OFF
+    table = pd.DataFrame(rows)
+    return table.pivot(index="layer", columns="site", values="kl")[table.site.unique()]
+
+
+@torch.inference_mode()
+def attention(model: nn.Module, window: Tensor) -> Tensor:
+    """Who looks at whom in one window (seqlen,): (layers, heads, seqlen, seqlen), each row adds up to 1."""
+    usual = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the others don't tell
+    try:
+        found = model(window[None].to(model.device), output_attentions=True, use_cache=False).attentions
+    finally:
+        model.set_attn_implementation(usual)
+    return torch.cat(found).float().cpu()
+
+
+def on_the_first(maps: Tensor) -> Tensor:
+    """Of `attention`'s maps, what the tokens after the first give to it on average: (layers, heads)."""
+    return maps[..., 1:, 0].mean(-1)
+
+
+def _normed(model: nn.Module, hidden: Tensor) -> Tensor:
+    return model.get_submodule(family_of(model).final_norm)(hidden)

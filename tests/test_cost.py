@@ -1,0 +1,21 @@
+"""What a model takes on a disk, beside files."""
+
+import pytest
+from safetensors.torch import save_file
+
+from jqlib import quantize_model
+from jqlib.lab.cost import stored_bytes
+from jqlib.quant.packed import pack_weights
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_it_is_what_a_file_of_codes_and_halves_takes(tiny_model, tmp_path, bits):
+    model = tiny_model()
+    assert stored_bytes(model) == 2 * sum(p.numel() for p in model.parameters())
+    quantize_model(model, w_bits=bits, a_bits=16, w_groupsize=16)
+    packed = pack_weights(model)
+    linears = {f"{name.split('|')[0]}.weight" for name in packed}
+    others = {name: p.half() for name, p in model.named_parameters() if name not in linears}
+    save_file(packed | others, tmp_path / "file")
+    header = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little") + 8
+    assert stored_bytes(model) == (tmp_path / "file").stat().st_size - header
