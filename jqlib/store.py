@@ -171,6 +171,11 @@ def save_figure(config: Config, figure, name: str, note: str | None = None) -> N
     """Write a matplotlib figure to ``figures/<name>.png``; ``note`` stands below it in grey: where its numbers are from
     (None: `where_from` the config; "": nothing)."""
     figure.text(0.005, 0, where_from(config) if note is None else note, va="top", fontsize=7, color="0.45")
+    figure.draw_without_rendering()  # lays it out; to be cut to what is drawn moves a figure, and its legends with it
+    figure.set_layout_engine("none")
+    for legend in figure.legends:
+        if legend.get_bbox_to_anchor() is figure.bbox:
+            legend.set_bbox_to_anchor((0, 0, 1, 1), figure.transFigure)
     options = {"format": "png", "dpi": DPI, "bbox_inches": "tight"}  # the style's are gone by now
     write(config.folder / "figures" / f"{name}.png", lambda to: figure.savefig(to, **options))
 

@@ -1,11 +1,15 @@
 """The way from no rotation to a rotation: R(t) = exp(t log R), the shortest path of SO(n), and a film of it."""
 
+import base64
 from pathlib import Path
 
 import numpy as np
 import torch
+from IPython.display import HTML
 from scipy.linalg import schur
 from torch import Tensor
+
+from jqlib.lab.tokens import Turning
 
 SMALL = 1e-6  # below it an entry under the diagonal is 0
 
@@ -41,16 +45,17 @@ class Geodesic:
         return z @ self.Z.T
 
 
-def film(x: Tensor, R: Tensor, bits: int, to: Path, frames: int = 40) -> None:
-    """One token, (n,), on its way from I to ``R``, as a GIF 750 pixels wide: it rests at both ends, then goes back."""
+def film(x: Tensor, R: Tensor, bits: int, to: Path, frames: int = 40) -> HTML:
+    """One token, (n,), on its way from I to ``R``, in equal steps, as a GIF 750 pixels wide that rests at both ends;
+    returned as what a notebook shows of it."""
     from matplotlib.animation import FuncAnimation, PillowWriter
 
-    from jqlib.lab.tokens import Turning
-
+    to.parent.mkdir(parents=True, exist_ok=True)
     path = Geodesic(R)
-    turning = Turning(x.numpy(), path.of(x[None], 1.0)[0].numpy(), bits)
-    there = (1 - np.cos(np.linspace(0, np.pi, frames))) / 2  # slow at both ends
-    times = [*[0.0] * 12, *there, *[1.0] * 16]
+    times = [*[0.0] * 14, *np.linspace(0, 1, frames).tolist(), *[1.0] * 18]
     states = {t: path.of(x[None], t)[0].numpy() for t in dict.fromkeys(times)}
+    turning = Turning(states[0.0], states[1.0], bits)
     animation = FuncAnimation(turning.figure, lambda t: turning.show(states[t], t), times, blit=False)
     animation.save(to, PillowWriter(fps=12), dpi=100)
+    data = base64.b64encode(to.read_bytes()).decode()
+    return HTML(f'<img alt="A token on its way to its rotation" src="data:image/gif;base64,{data}">')

@@ -1,5 +1,6 @@
 """The executed workbook as pages that can be read where they lie: Markdown with its figures, code folded away."""
 
+import base64
 import hashlib
 import json
 import re
@@ -11,6 +12,7 @@ from jqlib.store import write
 
 PAGES = ROOT / "figures" / "pages"
 MOST = 15e6  # bytes of all pages
+FILM = re.compile(r"data:image/gif;base64,([\w+/=]+)")
 MARK = "<!-- of a notebook with SHA-256 {} -->"
 NOT_SHOWN = {"parameters", "injected-parameters"}
 PROGRESS = re.compile(r"^(reusing|resuming from) .*\n?", re.MULTILINE)  # what a run says of its artifacts
@@ -91,6 +93,9 @@ def _page(notebook, record: str, to: Path) -> None:
     head, rest = body.split("\n# ", 1) if "\n# " in body else ("", body.removeprefix("# "))
     title, rest = rest.split("\n", 1)
     text = f"{mark}\n{head}\n# {title}\n\n{record}\n{_folded(rest)}"
+    for i, data in enumerate(FILM.findall(text)):  # a host of Markdown shows no picture that is written into the page
+        made["outputs"][name := f"{to.stem}_files/film_{i}.gif"] = base64.b64decode(data)
+        text = text.replace(f"data:image/gif;base64,{data}", name)
     write(to, lambda path: path.write_text(text, encoding="utf-8"))
     for name, data in made["outputs"].items():
         write(to.parent / name, lambda path, data=data: path.write_bytes(data))

@@ -35,7 +35,7 @@ def surfaces(tables: Mapping[str, np.ndarray], mark: Sequence[int] = (), tokens:
     with styled():
         figure = plt.figure(figsize=(4.6 * len(tables), 3.9), layout="none")
         for i, (title, table) in enumerate(tables.items()):
-            axis = figure.add_axes((0.02 + i / len(tables), 0.02, 0.9 / len(tables), 0.92), projection="3d")
+            axis = figure.add_axes((0.02 + i / len(tables), 0.06, 0.88 / len(tables), 0.86), projection="3d")
             z = np.abs(table[:tokens, : table.shape[1] // 4 * 4])
             z = z.reshape(len(z), -1, 4).max(2)
             channel, token = np.meshgrid(4 * np.arange(z.shape[1]), np.arange(z.shape[0]))
@@ -43,18 +43,19 @@ def surfaces(tables: Mapping[str, np.ndarray], mark: Sequence[int] = (), tokens:
             for ridge in mark if i == 0 else ():
                 axis.text(ridge, 0, 1.03 * np.abs(table[:tokens, ridge]).max(), str(ridge), ha="center", fontsize=10)
             axis.set_title(f"{title}\n(of 4 neighbouring channels the largest)", fontsize=10)
-            axis.set(zlim=(0, height))
+            axis.set(zlim=(0, height), xticks=range(0, table.shape[1], 200))
             axis.set_xlabel("channel", labelpad=7)
             axis.set_ylabel("token", labelpad=7)
             axis.set_zlabel("|activation|", labelpad=5)
-            axis.set_box_aspect(None, zoom=0.9)
+            axis.set_box_aspect(None, zoom=1.05)
         return figure
 
 
-def against_gaussian(samples: Mapping[str, np.ndarray], most: float = 8, fewest: int = 5) -> Figure:
-    """Densities of samples, each scaled to unit variance, beside the Gaussian's, on a log axis, out to ``most``; bins
-    that hold less than ``fewest`` values are left out."""
-    edges = np.linspace(-most, most, 81)
+def against_gaussian(samples: Mapping[str, np.ndarray], fewest: int = 5) -> Figure:
+    """Densities of samples, each scaled to unit variance, beside the Gaussian's, on a log axis; bins that hold less
+    than ``fewest`` values are left out."""
+    most = max(np.abs(x / x.std()).max() for x in samples.values())
+    edges = np.arange(-np.ceil(most), np.ceil(most) + 0.1, 0.4)
     middle = (edges[1:] + edges[:-1]) / 2
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 4))

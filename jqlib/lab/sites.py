@@ -23,11 +23,11 @@ def outlier_lines(tables: Mapping[str, pd.DataFrame], gaussian: str) -> Figure:
             for kind in table:
                 axis.semilogy(table.index, table[kind], "o-", ms=3, lw=1.3, color=COLOURS[kind], label=kind)
             for layer in table["down"].nlargest(2).index:
-                axis.annotate(f"layer {layer}", (layer, table["down"][layer]), (4, -2), textcoords="offset points",
-                              fontsize=9)  # fmt: skip
+                axis.annotate(f"layer {layer} ", (layer, table["down"][layer]), ha="right", va="center", fontsize=9)
             if name == gaussian:
                 axis.axhline(3, color="k", ls="--", lw=1)
-                axis.text(table.index[-1], 3, "a Gaussian's 3", va="top", ha="right", fontsize=9)
+                axis.text(table.index[-1], 3.2, "a Gaussian's 3", va="bottom", ha="right", fontsize=9)
+                axis.set_ylim(2, None)
             axis.set(title=name, xlabel="layer")
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
@@ -43,8 +43,8 @@ def dumbbells(before: pd.DataFrame, after: pd.DataFrame, gaussian: float, xlabel
         for y, kind in enumerate(before):
             ends = 100 * before[kind].mean(), 100 * after[kind].mean()
             axis.plot(ends, (y, y), color="0.75", lw=2, zorder=1)
-            for name, values, off in (("as it is", before[kind], -0.17), ("Hadamard", after[kind], 0.17)):
-                axis.plot(100 * values, np.full(len(values), y + off), ".", ms=4, alpha=0.4, color=colour_of(name))
+            for name, values in (("as it is", before[kind]), ("Hadamard", after[kind])):
+                axis.plot(100 * values, np.full(len(values), y + 0.22), ".", ms=4, alpha=0.4, color=colour_of(name))
             for name, end in zip(("as it is", "Hadamard"), ends, strict=True):
                 label = {"as it is": "as it is", "Hadamard": "rotated (Hadamard)"}[name] if y == 0 else None
                 axis.plot(end, y, "o", ms=8, color=colour_of(name), label=label)

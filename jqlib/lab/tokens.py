@@ -85,7 +85,7 @@ class Turning:
         self.bits, most, near = bits, 1.06 * np.abs(start).max(), 1.2 * np.abs(end).max()
         with styled():
             self.figure, self.axes = plt.subplots(1, 2, figsize=(7.5, 3.6), layout="none")
-            self.figure.subplots_adjust(0.08, 0.14, 0.985, 0.78, wspace=0.17)
+            self.figure.subplots_adjust(0.09, 0.14, 0.985, 0.8, wspace=0.17)
             for axis, limit, title in zip(self.axes, (most, near), ("all of it", "enlarged"), strict=True):
                 axis.set(xlabel="channel", ylim=(-limit, limit), xlim=(-8, len(start) + 7))
                 axis.set_title(title, fontsize=10)
@@ -103,7 +103,7 @@ class Turning:
         """The frame of a token, (n,), that is the share ``t`` of the way."""
         zeros = zeroed(y, self.bits)
         error = errors(torch.from_numpy(y)[None], self.bits).item()
-        ends = {0.0: "R = I", 1.0: "R"}
+        ends = {0.0: "as it is", 1.0: "rotated"}
         self.head.set_text(f"{ends.get(t, f'{t:.0%} of the way to R')}:  {zeros.mean():.0%} of its {len(y)} numbers "
                            f"become 0,  error {error:.1%}")  # fmt: skip
         for lines, *dots in self.drawn:
@@ -121,8 +121,9 @@ def explored(sides: Mapping[str, tuple[Tensor, np.ndarray]], words: Sequence[str
             shown = 100 * error.numpy()
             axes["A"].plot(shown, marker, ms=2.5, color=colour_of(name), label=f"{name}: mean {error.mean():.2%}")
             axes["A"].plot(token, shown[token], marker, ms=8, mfc="none", color=colour_of(name) or "k")
-        axes["A"].set(xlabel="token", ylabel=f"{bits}-bit error (%)", ylim=(0, None), title=f"chosen: {token}, a word")
+        axes["A"].set(xlabel="token", ylabel=f"{bits}-bit error (%)", ylim=(0, None))
         axes["A"].set_title(f"chosen: token {token}, {shortened(words[token])}", parse_math=False)
+        axes["A"].set_ylim(0, 1.3 * axes["A"].get_ylim()[1])
         axes["A"].legend(loc="upper right", ncol=2, markerscale=3)
         most = 1.06 * max(np.abs(y).max() for _, y in sides.values())
         for key, (name, (error, y)) in zip("BC", sides.items(), strict=True):
