@@ -1,5 +1,6 @@
 """The live explorer: choose a site, a layer, a token, two rotations and bits, and see what rounding makes of them."""
 
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,9 +41,8 @@ def explorer(acts: Mapping[str, Mapping[int, Tensor]], rotations: Rotations | Ma
         display(figure)
         return None
     if "google.colab" in sys.modules:
-        from google.colab import output  # there alone: it shows widgets of others' making only when asked
-
-        output.enable_custom_widget_manager()
+        # there alone: Colab shows widgets of others' making only when asked
+        importlib.import_module("google.colab.output").enable_custom_widget_manager()
     explorer = Explorer(choice, bits)
     display(explorer.controls)
     return explorer

@@ -28,20 +28,18 @@ def heatmaps(tables: Mapping[str, pd.DataFrame], bar: str, rows: str = "layer") 
         return figure
 
 
-def surfaces(tables: Mapping[str, np.ndarray], mark: Sequence[int] = (), tokens: int = 96) -> Figure:
+def surfaces(tables: Mapping[str, np.ndarray], tokens: int = 96) -> Figure:
     """|activation| over token × channel, (tokens, channels) each, on one shared height; of 4 neighbouring channels the
-    largest is drawn. ``mark``: channels whose number stands beside their ridge in the first."""
+    largest is drawn."""
     height = max(np.abs(t[:tokens]).max() for t in tables.values())
     with styled():
         figure = plt.figure(figsize=(4.6 * len(tables), 3.9), layout="none")
         for i, (title, table) in enumerate(tables.items()):
-            axis = figure.add_axes((0.02 + i / len(tables), 0.06, 0.88 / len(tables), 0.86), projection="3d")
+            axis = figure.add_axes((0.02 + i / len(tables), 0.08, 0.88 / len(tables), 0.84), projection="3d")
             z = np.abs(table[:tokens, : table.shape[1] // 4 * 4])
             z = z.reshape(len(z), -1, 4).max(2)
             channel, token = np.meshgrid(4 * np.arange(z.shape[1]), np.arange(z.shape[0]))
             axis.plot_surface(channel, token, z, cmap="viridis", vmin=0, vmax=height, rcount=len(z), ccount=200)
-            for ridge in mark if i == 0 else ():
-                axis.text(ridge, 0, 1.03 * np.abs(table[:tokens, ridge]).max(), str(ridge), ha="center", fontsize=10)
             axis.set_title(f"{title}\n(of 4 neighbouring channels the largest)", fontsize=10)
             axis.set(zlim=(0, height), xticks=range(0, table.shape[1], 200))
             axis.set_xlabel("channel", labelpad=7)

@@ -37,7 +37,8 @@ def outlier_lines(tables: Mapping[str, pd.DataFrame], gaussian: str) -> Figure:
 def dumbbells(before: pd.DataFrame, after: pd.DataFrame, gaussian: float, xlabel: str) -> Figure:
     """Errors of layers × kinds of site, before and after a rotation, as shares: small dots are layers, large ones their
     means; a dotted line at a ``gaussian``'s."""
-    low, high = 100 * min(before.min().min(), after.min().min()), 100 * max(before.max().max(), after.max().max())
+    high = 100 * max(before.max().max(), after.max().max()) or 1.0
+    low = max(100 * min(before.min().min(), after.min().min()), 1e-6 * high)
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 3.2))
         for y, kind in enumerate(before):
