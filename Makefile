@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = notebooks
 
-.PHONY: workbook test test-browser bench faults fuzz mutants study lab report
+.PHONY: workbook test test-browser bench faults fuzz mutants study pages lab report
 
 workbook: .venv/made
 	$(BIN)/python -m jqlib run -f runs/smollm2-135m.yaml
@@ -45,6 +45,10 @@ mutants: .venv/made
 # figures/study.json: hours; goes on where it stopped. MINUTES=140: begins no row after them
 study: .venv/made
 	$(BIN)/python -m jqlib study $(if $(MINUTES),--minutes $(MINUTES))
+
+# figures/pages: the last `make workbook` as pages that can be read on a web site of the repository
+pages: .venv/made
+	$(BIN)/python -m jqlib pages
 
 lab: .venv/made
 	JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab $(NOTEBOOKS)

@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for name, text in {
         "report": "the rows of notebook 05 of all models and runs under a folder",
+        "pages": "figures/pages: the embedded model's executed notebooks under a folder, to be read without running",
         "clean": "remove artifacts under a folder that no current code or setting would reuse",
     }.items():
         folder_parser = commands.add_parser(name, help=text)
@@ -126,6 +127,14 @@ def _report(arguments: argparse.Namespace) -> int:
     from jqlib.lab.report import report
 
     print(report(arguments.output_dir or output_folder()).to_string(index=False, float_format="%.2f"))
+    return 0
+
+
+def _pages(arguments: argparse.Namespace) -> int:
+    from jqlib.lab.pages import pages
+    from jqlib.model.embedded import MODEL
+
+    print(pages((arguments.output_dir or output_folder()) / MODEL))
     return 0
 
 
@@ -231,7 +240,7 @@ def _boolean(text: str) -> bool:
 
 
 COMMANDS = {"run": _run, "sweep": _sweep, "export": _export, "info": _info, "zero-shot": _zero_shot, "study": _study,
-            "report": _report, "repeat": _repeat, "clean": _clean}  # fmt: skip
+            "report": _report, "repeat": _repeat, "pages": _pages, "clean": _clean}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

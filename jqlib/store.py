@@ -29,7 +29,7 @@ from jqlib.memory import PeakMemory, release
 PACKAGES = ("torch", "transformers", "datasets", "numpy", "pandas", "matplotlib", "papermill")
 DECIDING = ("torch", "transformers")  # their versions decide what an artifact holds
 
-DPI = 160  # of figures: sharp on a dense screen
+DPI = 200  # of figures: sharp on a dense screen
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what a damaged file may raise
 
 Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
@@ -211,9 +211,24 @@ def differences(path: Path, config: Config) -> list[str]:
         return []
 
 
-def save_figure(config: Config, figure, name: str) -> None:
-    """Write a matplotlib figure to ``figures/<name>.png``."""
-    write(config.folder / "figures" / f"{name}.png", lambda to: figure.savefig(to, format="png", dpi=DPI))
+def save_figure(config: Config, figure, name: str, note: str | None = None) -> None:
+    """Write a matplotlib figure to ``figures/<name>.png``; ``note`` stands below it in grey: where its numbers are from
+    (None: `where_from` the config; "": nothing)."""
+    figure.text(0.005, 0, where_from(config) if note is None else note, va="top", fontsize=7, color="0.45")
+    figure.draw_without_rendering()  # lays it out; to be cut to what is drawn moves a figure, and its legends with it
+    figure.set_layout_engine("none")
+    for legend in figure.legends:
+        if legend.get_bbox_to_anchor() is figure.bbox:
+            legend.set_bbox_to_anchor((0, 0, 1, 1), figure.transFigure)
+    options = {"format": "png", "dpi": DPI, "bbox_inches": "tight"}  # the style's are gone by now
+    write(config.folder / "figures" / f"{name}.png", lambda to: figure.savefig(to, **options))
+
+
+def where_from(config: Config) -> str:
+    """Model, profile and windows, in a line."""
+    read = f"{config.eval_windows} × {config.eval_seqlen}" if config.eval_windows else "all"
+    return (f"{config.folder.name} · {config.profile} · calibrated on {config.nsamples} × {config.seqlen} tokens, "
+            f"evaluated on {read}")  # fmt: skip
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -116,7 +116,8 @@ def test_what_each_room_may_not_know():
     arrows = imports()
     assert not arrows["model.intervals"] | arrows["transform.orthogonal"] | arrows["transform.hadamard"]
     assert arrows["lab.compare"] == {"model.intervals"}
-    assert arrows["lab.plots"] == {"lab.style", "transform.grids"}  # plain results, and what rounding makes of them
+    assert arrows["lab.plots"] == arrows["lab.sites"] == {"lab.style"}  # plain results
+    assert arrows["lab.tokens"] == {"lab.style", "transform.grids"}  # and what rounding makes of them
     for name in ("objectives", "solver", "baselines", "history", "rotations"):  # tensors only, no model
         assert not [module for module in imported(f"jqlib.learn.{name}") if module.startswith("jqlib.model")]
 

@@ -8,6 +8,7 @@ from torch import nn
 from jqlib.config import Config
 from jqlib.inputs import dtype_of, steps_of
 from jqlib.lab.disk import on_disk
+from jqlib.lab.pages import outdated
 from jqlib.learn.lessons import ROWS
 from jqlib.learn.recompute import kept_bytes
 from jqlib.model.families import R1_SITES, family_of, linears_of, rotated_sizes, sites_of
@@ -42,7 +43,7 @@ def describe(config: Config) -> str:
         f"{peak_bytes(config) / 1e9:.1f} GB at most: two models, what tuning keeps of one, and the runner; by --stream "
         f"{streamed_bytes(config) / 1e9:.1f} GB: embeddings, heads, one layer",
         "", *_time(config, in_layers, head, dtype),
-        "", on_disk(config.folder),
+        "", on_disk(config.folder), *_old_pages(),
     ])  # fmt: skip
 
 
@@ -76,6 +77,14 @@ def streamed_bytes(config: Config) -> int:
     matrix = 8 * max(3 * largest, 2 * widest**2)
     layer = _numel(linears.values()) // shape.num_hidden_layers * size
     return int(ends + packed + hidden + hessians + matrix + layer) + PYTHON
+
+
+def _old_pages() -> list[str]:
+    return (
+        [f"figures/pages: not of today's notebooks: {', '.join(old)} (make workbook pages)"]
+        if (old := outdated())
+        else []
+    )
 
 
 def _numel(linears) -> int:

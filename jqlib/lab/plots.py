@@ -7,11 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
-from torch import Tensor
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from jqlib.lab.style import colour_of, styled
-from jqlib.transform.grids import quantize_activation
 
 
 def heatmaps(tables: Mapping[str, pd.DataFrame], bar: str, rows: str = "layer") -> Figure:
@@ -31,56 +29,41 @@ def heatmaps(tables: Mapping[str, pd.DataFrame], bar: str, rows: str = "layer") 
 
 
 def surfaces(tables: Mapping[str, np.ndarray], tokens: int = 96) -> Figure:
-    """|activation| over token × channel, (tokens, channels) each, on one shared height; of 4 channels the largest."""
+    """|activation| over token × channel, (tokens, channels) each, on one shared height; of 4 neighbouring channels the
+    largest is drawn."""
     height = max(np.abs(t[:tokens]).max() for t in tables.values())
     with styled():
-        figure = plt.figure(figsize=(4.6 * len(tables), 4.4))
+        figure = plt.figure(figsize=(4.6 * len(tables), 3.9), layout="none")
         for i, (title, table) in enumerate(tables.items()):
-            axis = figure.add_subplot(1, len(tables), i + 1, projection="3d")
+            axis = figure.add_axes((0.02 + i / len(tables), 0.08, 0.88 / len(tables), 0.84), projection="3d")
             z = np.abs(table[:tokens, : table.shape[1] // 4 * 4])
             z = z.reshape(len(z), -1, 4).max(2)
             channel, token = np.meshgrid(4 * np.arange(z.shape[1]), np.arange(z.shape[0]))
-            axis.plot_surface(channel, token, z, cmap="viridis", vmin=0, vmax=height / 3, rcount=len(z), ccount=200)
-            axis.set(title=title, xlabel="channel", ylabel="token", zlim=(0, height))
-            axis.set_zlabel("|activation|", labelpad=2)
-            axis.set_box_aspect(None, zoom=0.86)
+            axis.plot_surface(channel, token, z, cmap="viridis", vmin=0, vmax=height, rcount=len(z), ccount=200)
+            axis.set_title(f"{title}\n(of 4 neighbouring channels the largest)", fontsize=10)
+            axis.set(zlim=(0, height), xticks=range(0, table.shape[1], 200))
+            axis.set_xlabel("channel", labelpad=7)
+            axis.set_ylabel("token", labelpad=7)
+            axis.set_zlabel("|activation|", labelpad=5)
+            axis.set_box_aspect(None, zoom=1.05)
         return figure
 
 
-def against_gaussian(samples: Mapping[str, np.ndarray]) -> Figure:
-    """Densities of samples, each scaled to unit variance, beside the Gaussian's, on a log axis."""
-    edges = np.linspace(-12, 12, 161)
+def against_gaussian(samples: Mapping[str, np.ndarray], fewest: int = 5) -> Figure:
+    """Densities of samples, each scaled to unit variance, beside the Gaussian's, on a log axis; bins that hold less
+    than ``fewest`` values are left out."""
+    most = max(np.abs(x / x.std()).max() for x in samples.values())
+    edges = np.arange(-np.ceil(most), np.ceil(most) + 0.1, 0.4)
     middle = (edges[1:] + edges[:-1]) / 2
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 4))
         for name, x in samples.items():
-            density, _ = np.histogram(np.clip(x / x.std(), -12, 12), edges, density=True)
-            axis.semilogy(middle, np.where(density > 0, density, np.nan), label=name)
+            count, _ = np.histogram(x / x.std(), edges)
+            density = count / (len(x) * (edges[1] - edges[0]))
+            axis.semilogy(middle, np.where(count >= fewest, density, np.nan), label=name, color=colour_of(name))
         axis.semilogy(middle, np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi), "k--", lw=1, label="Gaussian")
-        axis.set(xlabel="value / standard deviation (ends gather what lies beyond)", ylabel="density", ylim=(1e-7, 2))
+        axis.set(xlabel="value / standard deviation", ylabel="density", xlim=(-most, most), ylim=(1e-5, 5))
         axis.legend()
-        return figure
-
-
-def what_4_bits_sees(tokens: Mapping[str, np.ndarray], bits: int = 4) -> Figure:
-    """One token before and after: its values by channel, and the grid that per-token rounding lays over them."""
-    import torch
-
-    with styled():
-        figure, axes = plt.subplots(1, len(tokens), figsize=(5.2 * len(tokens), 3.8), squeeze=False)
-        for axis, (name, token) in zip(axes[0], tokens.items(), strict=True):
-            rounded = quantize_activation(torch.from_numpy(token.copy())[None], bits)[0].numpy()
-            step = (max(token.max(), 0) - min(token.min(), 0)) / (2**bits - 1)
-            for level in [] if bits > 6 else step * (np.arange(2**bits) + np.round(min(token.min(), 0) / step)):
-                axis.axhline(level, color="0.85", lw=0.8, zorder=0)
-            error = ((rounded - token) ** 2).sum() / (token**2).sum()
-            axis.plot(token, ".", ms=3, label="activation")
-            axis.plot(rounded, ".", ms=3, label=f"what {bits} bits see")
-            zeros = (rounded == 0).mean()
-            axis.set(title=f"{name}\n{zeros:.0%} of its values become 0, error {error:.2%}")
-            axis.set(xlabel="channel", ylabel="value")
-            axis.grid(False)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=2, markerscale=3)
         return figure
 
 
@@ -107,36 +90,6 @@ def bound(before: Sequence[float], after: Sequence[float], line: float, bits: in
         axis.set(ylim=(0, 100 * max(line * 1.5, max(after) * 1.05)))
         axis.legend(loc="upper right")
         return figure
-
-
-def explored(y: Tensor, words: Sequence[str], bits: int, worst: int = 8) -> Figure:
-    """One site's tokens, (tokens, n): their values, the range of each, and the tokens that ``bits`` hurt most.
-
-    Somebody waits for it: axes at fixed places and labels of plain text draw in a third of the time.
-    """
-    error = (quantize_activation(y, bits) - y).square().sum(1) / y.square().sum(1).clamp(min=1e-20)
-    hurt = error.argsort(descending=True)[:worst].flip(0).tolist()
-    values, widths = (y / y.std()).flatten().numpy(), (y.amax(1) - y.amin(1)) / y.std()
-    with styled():
-        figure = plt.figure(figsize=(11, 3.4), layout="none")
-        left, middle, right = (figure.add_axes((x, 0.17, 0.22, 0.7)) for x in (0.07, 0.36, 0.77))
-        left.stairs(*np.histogram(np.clip(values, -12, 12), 121, (-12, 12), density=True), fill=True)
-        left.set(xlabel="value / standard deviation", ylabel="density", yscale="log", ylim=(1e-6, 3))
-        left.set_yticks([1, 1e-2, 1e-4, 1e-6], ["1", "1e-2", "1e-4", "1e-6"])
-        left.yaxis.set_minor_locator(NullLocator())
-        middle.stairs(*np.histogram(widths.numpy(), 40), fill=True)
-        middle.set(xlabel="range of a token / standard deviation", ylabel="tokens")
-        right.barh(range(len(hurt)), 100 * error[hurt].numpy())
-        right.set_yticks(range(len(hurt)), [f"{i}: {shortened(words[i])}" for i in hurt], parse_math=False)
-        right.set(xlabel=f"worst tokens' {bits}-bit error (%)")
-        right.xaxis.set_major_locator(MaxNLocator(4))
-        figure.suptitle(f"mean range {widths.mean():.1f} σ, mean {bits}-bit rounding error {error.mean():.3%}")
-        return figure
-
-
-def shortened(word: str, most: int = 12) -> str:
-    """A token's text in quotes, as far as it fits beside a bar."""
-    return repr(word if len(word) <= most else word[: most - 1] + "…")
 
 
 def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str, log: bool = True) -> Figure:

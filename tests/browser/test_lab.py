@@ -158,38 +158,61 @@ def test_notebook(page, lab, folder, name):
 
 
 def explore(page, number):
-    """Every control changes the picture, and moving one back brings the old picture back."""
-    picture = page.locator("img.widget-image")
-    picture.scroll_into_view_if_needed()
-    layer, bits = (page.locator(".widget-hslider", has_text=text).locator(".noUi-handle") for text in ("layer", "bits"))
-    first = pixels(picture)
+    """Every control changes the figure, and moving one back brings the old figure back; no colour stays behind."""
+    figure = page.locator(PLOT)
+    figure.scroll_into_view_if_needed()
+    bits, layer = (page.locator(".widget-hslider", has_text=text).locator(".noUi-handle") for text in ("bits", "layer"))
+    left, right = page.get_by_label("left"), page.get_by_label("right")
+    first = state(figure)
     last = moved(page, first, "layer", lambda: layer.press("ArrowRight"))
     last = moved(page, last, "bits", lambda: bits.press("ArrowRight"))
+    last = moved(page, last, "token", lambda: click_a_token(page, 100))
+    assert page.locator(".widget-html mark").count() == 1
     last = moved(page, last, "site", lambda: page.get_by_role("button", name="ug", exact=True).click())
-    last = moved(page, last, "rotation", lambda: page.get_by_label("rotation").select_option("none"))
-    page.screenshot(path=SHOTS / f"{number}_explorer.png")
     before = last
-    last = moved(page, last, "bits", lambda: bits.press("ArrowLeft"))
-    assert moved(page, last, "bits", lambda: bits.press("ArrowRight")) == before
+    last = moved(page, last, "right", lambda: right.select_option("none"))
+    one, other = colours(figure)
+    assert one == other
+    assert moved(page, last, "right", lambda: right.select_option("Hadamard")) == before
+    moved(page, before, "left", lambda: left.select_option("Hadamard"))
+    assert len({*colours(figure)}) == 1
+    page.screenshot(path=SHOTS / f"{number}_explorer.png")
+    left.select_option("none")
+    moved(page, state(figure), "play", lambda: page.locator(".widget-play button").first.click())
+    page.wait_for_function(f"() => document.querySelector('{PLOT}').layout.annotations[1].text.includes('of the way')")
+    page.screenshot(path=SHOTS / f"{number}_explorer_on_the_way.png")
+    end = f"before => ({STATE})(document.querySelector('{PLOT}')) === before"
+    page.wait_for_function(end, arg=before, timeout=MINUTES / 2)  # the film ends where it was
 
 
-def pixels(picture) -> str:
-    return picture.evaluate(PIXELS)
+def click_a_token(page, number):
+    """Where its mark stands in the upper panel; a layer that watches the mouse lies above it."""
+    box = page.locator(f"{PLOT} .subplot.xy .scatterlayer .points path").nth(number).bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.wait_for_timeout(500)
+    page.mouse.click(x, y)
 
 
-PIXELS = """image => {
-    const canvas = document.createElement("canvas");
-    [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-    canvas.getContext("2d").drawImage(image, 0, 0);
-    return canvas.toDataURL();
-}"""
+PLOT = ".js-plotly-plot"
+STATE = "plot => JSON.stringify([plot.layout.annotations.map(a => a.text), plot.data.slice(0, 2).map(t => t.name)])"
+
+
+def state(figure) -> str:
+    return figure.evaluate(STATE)
+
+
+def colours(figure) -> list[str]:
+    """Of both sides' errors, as they are drawn."""
+    marks = "plot => [0, 1].map(i => plot.querySelectorAll('.subplot.xy .scatterlayer .trace')[i]"
+    return figure.evaluate(f"{marks}.querySelector('.points path').style.fill)")
 
 
 def moved(page, last: str, what: str, move) -> str:
-    """Make a move and wait until the picture is another; returns it, and prints how long that took."""
+    """Make a move and wait until the figure is another; returns its state, and prints how long that took."""
     start = time.perf_counter()
     move()
-    changed = f"last => ({PIXELS})(document.querySelector('img.widget-image')) !== last"
+    changed = f"last => ({STATE})(document.querySelector('{PLOT}')) !== last"
     page.wait_for_function(changed, arg=last, timeout=MINUTES / 6)
     print(f"{what}: {time.perf_counter() - start:.2f} s")
-    return pixels(page.locator("img.widget-image"))
+    return state(page.locator(PLOT))
