@@ -12,7 +12,7 @@ from jqlib.recipes import RECIPES
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """Four rows of numbers that are made up at once, and a file of its own."""
+    """Four rows, and four of questions, of numbers that are made up at once, and a file of its own."""
     made = []
 
     def evaluate(config, recipe, w_bits, a_bits):
@@ -25,13 +25,18 @@ def small(monkeypatch, tmp_path):
     def row_of(config, recipe, w_bits, a_bits, task):
         made.append((task, recipe))
         right = "1101" if recipe is None else "1001"
-        return {"task": task, "label": recipe.label if recipe else "FP", "questions": 4, "chance": 0.25, "acc": 0.75,
-                "acc_right": right, "acc_norm_right": right}  # fmt: skip
+        return {"task": task, "questions": 4, "chance": 0.25, "acc": 0.75, "acc_right": right, "acc_norm_right": right}
 
-    whole, asked = study.plan(), study.questions_plan
-    monkeypatch.setattr(study, "questions_plan", lambda device: asked()[:4])
+    whole = study.plan()
+
+    def plan(device):
+        task = next(iter(SETS)) if study.answers.installed() else None
+        rows = [row for row in whole if row.config.eval_dataset is None and not row.task][:4]
+        return rows + [replace(row, group="zero-shot", task=task) for row in rows if task]
+
     monkeypatch.setattr(study, "row_of", row_of)
-    monkeypatch.setattr(study, "plan", lambda device: [row for row in whole if row[1].eval_dataset is None][:4])
+    monkeypatch.setattr(study, "plan", plan)
+    monkeypatch.setattr(study.Row, "key", lambda row: f"{row.label} {row.task}")
     monkeypatch.setattr(study, "PATH", tmp_path / "study.json")
     monkeypatch.setattr(pipeline, "evaluate", evaluate)
     monkeypatch.setattr(pipeline, "protocol", lambda config: {})
@@ -39,10 +44,9 @@ def small(monkeypatch, tmp_path):
 
 
 def test_the_plan_has_every_row_once_and_the_deciding_ones_for_every_seed():
-    keys = [(about["group"], about["label"], repr(recipe), *map(str, rest), repr(config))
-            for about, config, recipe, *rest in study.plan()]  # fmt: skip
-    assert len({*keys}) == len(keys)
-    seeds = {(about["method"], config.seed, config.eval_dataset) for about, config, *_ in study.plan()}
+    rows = study.plan()
+    assert len({row.name for row in rows}) == len({row.key() for row in rows}) == len(rows)
+    seeds = {(row.method, row.config.seed, row.config.eval_dataset) for row in rows}
     assert {(name, seed, text) for name in study.DECIDING for seed in range(3) for text in (None, "news")} <= seeds
 
 
@@ -65,12 +69,33 @@ def test_it_stops_when_told_and_goes_on(small, monkeypatch):
     assert study.kept()["left"] == 0
 
 
+def test_another_machine_goes_on_and_other_code_makes_its_rows_again(small, monkeypatch):
+    """The file is all that it needs: artifacts are not asked for."""
+    monkeypatch.setattr(study.answers, "installed", lambda: False)
+    study.study()
+    rows, before = study.kept()["rows"], len(small)
+    study.write_json(study.PATH, study.kept() | {"rows": [row | {"git_commit": "older"} for row in rows]})
+    study.study()
+    assert len(small) == before
+    key = study.Row.key
+    monkeypatch.setattr(study.Row, "key", lambda row: key(row) + " by new code" * (row.method == "control"))
+    assert study.study(minutes=0) == 1
+    assert [row["method"] for row in study.kept()["rows"]] == [row["method"] for row in rows]  # stays until then
+    study.study()
+    assert len(small) == before + 1
+    assert [row["method"] for row in study.kept()["rows"] if row["git_commit"] != "older"] == ["control"]
+
+
 def test_questions_are_asked_last_each_task_of_fp_first(monkeypatch):
     monkeypatch.setattr(study.answers, "installed", lambda: True)
-    asked = [(method, task) for method, *_, task in study.questions_plan()]
-    assert asked == [(method, task) for task in SETS for method in ("fp", *study.ASKED)]
+    rows = study.plan()
+    asked = [(row.method, row.task) for row in rows if row.task]
+    assert asked == [(method, task) for task in SETS for method in dict(asked)]
+    assert {method for method, _ in asked} == {*study.ASKED}
+    assert asked[0][0] == "fp"
+    assert not any(row.task for row in rows[: -len(asked)])
     monkeypatch.setattr(study.answers, "installed", lambda: False)
-    assert study.questions_plan() == []
+    assert not any(row.task for row in study.plan())
 
 
 def test_answers_stay_where_lm_eval_is_missing_and_rows_are_as_before(small, monkeypatch, capsys):
@@ -81,13 +106,12 @@ def test_answers_stay_where_lm_eval_is_missing_and_rows_are_as_before(small, mon
     assert capsys.readouterr().out == "not made yet: make study\n"
     rows = study.kept()["rows"]
     monkeypatch.setattr(study.answers, "installed", lambda: True)
-    assert study.study(minutes=0) == 8
+    assert study.study(minutes=0) == 4
     assert study.study() == 0
     told = study.zero_shot()
-    assert told["method"].tolist() == ["FP", "RTN", "QuaRot, best", "JointQuant, best"]
+    assert told["method"].tolist() == ["FP", "QuaRot, best", "JointQuant, best", RECIPES["control"].label]
     assert told["acc − FP"].str.startswith("-25.0 (").tolist() == [False, True, True, True]
     assert study.kept()["rows"] == rows  # what notebook 06 reads
-    assert study.kept()["left"] == 0
     monkeypatch.setattr(study.answers, "installed", lambda: False)
     assert study.study() == 0
     assert study.zero_shot().equals(told)

@@ -1,11 +1,11 @@
 """What takes hours, once, on the embedded model: ``make study`` writes figures/study.json.
 
-Every row is an artifact, and the file is written after each: a run that stops goes on where it was.
+The file is written after every row: a run that stops goes on where it was, on another machine too.
 """
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 
@@ -39,21 +39,52 @@ WITHOUT = {
     "tuning": replace(BEST, tune=False),
 }
 EFFORTS = {"quarter": {"step_tokens": 512}, "fourfold": {"step_tokens": 8192}}  # beside the study's own
+ASKED = ("fp", "rtn", "quarot-best", "jointquant-best", "jointquant-online")  # zero-shot questions
+KINDS = "rows", "questions"  # as the file has them
+NAME = ("group", "method", "task", "text", "seed", "w_bits", "a_bits")  # what a row is told by from any other
 
-ASKED = {name: RECIPES[name] for name in ("rtn", "quarot-best", "jointquant-best", "jointquant-online")}
 
-Plan = list[tuple[dict, Config, Recipe | None, int, int]]
+@dataclass(frozen=True)
+class Row:
+    """One that the study makes: of a text, or with a ``task`` of questions."""
+
+    group: str
+    method: str
+    label: str
+    config: Config
+    recipe: Recipe | None
+    w_bits: int = 4
+    a_bits: int = 4
+    task: str | None = None
+
+    @property
+    def name(self) -> tuple:
+        text = None if self.task else self.config.eval_dataset or "wiki"
+        return self.group, self.method, self.task, text, self.config.seed, self.w_bits, self.a_bits
+
+    def key(self) -> str:
+        """That of its artifact: what other code, settings or libraries would change."""
+        of = self.config, self.recipe, self.w_bits, self.a_bits
+        step = pipeline.zero_shot_step(*of, self.task, None) if self.task else pipeline.evaluation_step(*of, {})
+        return step.path.stem
+
+    def make(self) -> dict:
+        of = self.config, self.recipe, self.w_bits, self.a_bits
+        row = row_of(*of, self.task) if self.task else pipeline.evaluate(*of)
+        about = dict(zip(NAME, self.name, strict=True)) | {"label": self.label}
+        about |= {"step_tokens": self.config.step_tokens, "device": self.config.device}
+        return about | row | {"key": self.key(), "git_commit": git_commit()}
 
 
-def plan(device: str = "cpu") -> Plan:
-    """The rows: what each is about, and what `pipeline.evaluate` needs for it; the deciding ones first."""
+def plan(device: str = "cpu") -> list[Row]:
+    """The rows; the deciding ones first, questions last, and none of these without lm-eval."""
     config = make_config(CONFIG | {"device": device})
-    rows: Plan = [({"group": "FP", "method": "fp", "label": "FP"}, config, None, OFF, OFF)]
+    rows = [Row("FP", "fp", "FP", config, None, OFF, OFF)]
 
     def add(group: str, recipes: dict[str, Recipe], w_bits: int = 4, a_bits: int = 4, **changes) -> None:
         for name, recipe in recipes.items():
-            about = {"group": group, "method": name, "label": name if group == "without" else recipe.label}
-            rows.append((about, replace(config, **changes), recipe, w_bits, a_bits))
+            label = name if group == "without" else recipe.label
+            rows.append(Row(group, name, label, replace(config, **changes), recipe, w_bits, a_bits))
 
     for seed in SEEDS:
         add("methods", DECIDING, seed=seed)
@@ -66,67 +97,49 @@ def plan(device: str = "cpu") -> Plan:
     add("without", WITHOUT)
     add("methods", PLAIN)
     everywhere = []
-    for about, config, *rest in rows:
-        everywhere.append((about, config, *rest))
-        if about["group"] != "without":  # and on text of another kind
-            everywhere.append((about, replace(config, eval_dataset="news"), *rest))
-    return everywhere
-
-
-def questions_plan(device: str = "cpu") -> list[tuple[str, Config, Recipe | None, int, int, str]]:
-    """The zero-shot rows: method, and what `row_of` needs, all questions of each task; none without lm-eval."""
-    config = make_config(CONFIG | {"device": device})
-    methods = [("fp", config, None, OFF, OFF), *((name, config, recipe, 4, 4) for name, recipe in ASKED.items())]
-    return [(*method, task) for task in SETS for method in methods] if answers.installed() else []
+    for row in rows:
+        everywhere.append(row)
+        if row.group != "without":  # and on text of another kind
+            everywhere.append(replace(row, config=replace(row.config, eval_dataset="news")))
+    asked = [row for row in rows if row.method in ASKED and row.config == config and row.group in ("FP", "methods")]
+    tasks = SETS if answers.installed() else ()
+    return everywhere + [replace(row, group="zero-shot", task=task) for task in tasks for row in asked]
 
 
 def study(minutes: float | None = None, device: str = "cpu") -> int:
-    """Make the rows that are missing, zero-shot ones last, and begin none after so many ``minutes``.
+    """Make the rows that are missing, and begin none after so many ``minutes``. Returns how many are left.
 
-    Returns how many are left. Without lm-eval it says so, and the zero-shot rows stay as they are.
+    A row that the file has as this code would make it is not made again, on whatever machine it was made; one of other
+    code stays, with its commit, until it is. Without lm-eval, which it says, so do all answers to questions.
     """
-    start, rows, planned, asked = time.monotonic(), [], plan(device), questions_plan(device)
-    told = {(row["method"], row["task"]): row for row in kept().get("zero_shot", [])} if PATH.exists() else {}
-    about_all = {"config": asdict(planned[0][1]), "protocol": pipeline.protocol(planned[0][1])}
-    about_all |= {"versions": versions(), "git_commit": git_commit()}
-
-    def late() -> bool:
-        return minutes is not None and time.monotonic() - start > 60 * minutes
-
-    def write() -> None:
-        left = len(planned) - len(rows)
-        write_json(PATH, about_all | {"rows": rows, "left": left, "zero_shot": list(told.values())})
-
-    for i, (about, config, recipe, w_bits, a_bits) in enumerate(planned):
-        if late():
-            return len(planned) - i + len(asked)
-        row = pipeline.evaluate(config, recipe, w_bits, a_bits)
-        under = {"seed": config.seed, "text": config.eval_dataset or "wiki"}
-        under |= {"step_tokens": config.step_tokens, "device": config.device}
-        rows.append(about | under | row)
-        print(f"{i + 1}/{len(planned)} {about['label']} ({about['group']}, {under['text']}, seed {config.seed}): "
-              f"PPL {row['ppl']:.2f}, KL {row['kl']:.3f}", flush=True)  # fmt: skip
-        write()
-    if not asked:
+    start, planned = time.monotonic(), plan(device)
+    if not answers.installed():
         print(f"no zero-shot rows: {answers.MISSING}")
-    for i, (method, *which, task) in enumerate(asked):
-        if late():
-            return len(asked) - i
-        row = row_of(*which, task)
-        told[method, task] = {"method": method, "git_commit": about_all["git_commit"]} | row
-        print(f"{i + 1}/{len(asked)} {row['label']} ({task}): {row['acc']:.1%} right", flush=True)
-        write()
+    found = kept() if PATH.exists() else {}
+    told = {tuple(row.get(name) for name in NAME): row for kind in KINDS for row in found.get(kind, [])}
+    missing = [row for row in planned if told.get(row.name, {}).get("key") != row.key()]
+    about = {"config": asdict(planned[0].config), "protocol": pipeline.protocol(planned[0].config)}
+    about |= {"versions": versions(), "git_commit": git_commit()}
+    for i, row in enumerate(missing):
+        if minutes is not None and time.monotonic() - start > 60 * minutes:
+            return len(missing) - i
+        told[row.name] = made = row.make()
+        about_it = ", ".join(map(str, filter(None, row.name)))
+        result = f"{made['acc']:.1%} right" if row.task else f"PPL {made['ppl']:.2f}, KL {made['kl']:.3f}"
+        print(f"{i + 1}/{len(missing)} {row.label} ({about_it}): {result}", flush=True)
+        of_text, of_task = ([row for row in told.values() if bool(row["task"]) == asked] for asked in (False, True))
+        write_json(PATH, about | dict(zip(KINDS, (of_text, of_task), strict=True)) | {"left": len(missing) - i - 1})
     return 0
 
 
 def kept() -> dict:
-    """What `study` has written: its ``rows``, config, versions and commit."""
+    """What `study` has written: its ``rows``, ``questions`` (zero-shot rows), config, versions and commit."""
     return json.loads(PATH.read_text(encoding="utf-8"))
 
 
 def zero_shot() -> pd.DataFrame:
     """What the study has of zero-shot questions, as `jqlib.lab.zero_shot.table` has it; empty, and said, if nothing."""
-    rows = kept().get("zero_shot", [])
+    rows = kept()["questions"]
     if not any(row["method"] == "fp" for row in rows):
         print("not made yet: make study")
         return pd.DataFrame()
@@ -148,6 +161,7 @@ def shares(rows: list[dict]) -> pd.DataFrame:
         about = {
             name: row[name] for name in ("group", "method", "label", "seed", "text", "w_bits", "a_bits", "kv_bits")
         }
+        about["commit"] = row["git_commit"][:7]
         about |= {name: row[name] for name in ("ppl", "kl", "top1")} | {"gap": compare.difference(row, zero).value}
         for by, name in (("ppl", "share, PPL"), ("kl", "share, KL")) if start and row is not zero else ():
             about[name], about[f"{name}, low"], about[f"{name}, high"] = compare.share(row, start, zero, by)
