@@ -4,6 +4,7 @@ Hugging Face's has an order of merges (pairs) instead. Both join neighbours, one
 there, the one whose piece scores highest here, the leftmost of equals. So a piece's score is the place of its merges.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 from tokenizers import Tokenizer
@@ -13,7 +14,9 @@ BYTES = {f"<0x{i:02X}>" for i in range(256)}
 PREPEND = {"type": "Prepend", "prepend": SPACE}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 META = {"type": "Metaspace", "replacement": SPACE, "split": False}
-PREPARED = (  # what becomes of text before pairs are joined, and whether llama.cpp is to put a space before it
+# What becomes of text before pairs are joined, and whether llama.cpp is to put a space before it. It always does, then,
+# as sentencepiece does: Metaspace puts none before a text that has one, and with "first" none behind a special token.
+PREPARED = (
     ([PREPEND, REPLACE], True), ([META | {"prepend_scheme": "first"}], True),
     ([META | {"prepend_scheme": "always"}], True), ([REPLACE], False), ([META | {"prepend_scheme": "never"}], False),
 )  # fmt: skip
@@ -68,7 +71,7 @@ def joined(text: str, scores: dict[str, float]) -> list[str]:
     return parts
 
 
-def _pairs(pieces: set[str]):
+def _pairs(pieces: set[str]) -> Iterator[tuple[str, str]]:
     """All pairs that make a piece: of pieces, or of single letters, which are there before anything is joined."""
     for piece in pieces:
         for i in range(1, len(piece)):
