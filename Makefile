@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = notebooks
 
-.PHONY: workbook test test-browser bench faults study lab report
+.PHONY: workbook test test-browser bench faults mutants study lab report
 
 workbook: .venv/made
 	$(BIN)/python -m jqlib run -f runs/smollm2-135m.yaml
@@ -29,9 +29,14 @@ bench: .venv/made
 	$(BIN)/python tests/bench/speed.py
 	$(BIN)/python tests/bench/stages.py
 
-# kills the pipeline at a hundred moments and counts what is lost or wrong: some minutes
+# kills the pipeline at a hundred moments, then full disks, flipped bits and more; counts what is lost or wrong: 20 minutes
 faults: .venv/made
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py
+
+# changes the numerical core in 200 small places, one at a time: do its tests notice? Goes on where it stopped
+mutants: .venv/made
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/mutants.py $(COUNT)
 
 # figures/study.json: hours; goes on where it stopped. MINUTES=140: begins no row after them
 study: .venv/made
