@@ -21,7 +21,7 @@ from pathlib import Path
 from tiny import finished, prepare, started, whole, work
 from tqdm import tqdm
 
-FLIPS, NOBODY = 8, 65534  # flips a file; a user who owns nothing
+FLIPS, NOBODY = 6, 65534  # flips a file; a user who owns nothing
 FULL = ("File too large", "No space left", "disk full")
 DAY = 86_400
 cases, lost, wrong, unsaid = Counter(), Counter(), Counter(), Counter()
@@ -75,11 +75,11 @@ class Bench:
 def full_disk(bench: Bench) -> None:
     """No file may grow beyond a limit; then, where we may mount, a disk that is really full."""
     largest = max(path.stat().st_size for path in (bench.files / "right0").rglob("*.safetensors"))
-    for i in tqdm(range(20), "full disk"):
-        out, limit = bench.files / f"full{i}", round(300 * (largest / 300) ** (i / 20))
+    for i in tqdm(range(12), "full disk"):
+        out, limit = bench.files / f"full{i}", round(300 * (largest / 300) ** (i / 12))
         done, said = bench.run(out, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         bench.judge("full disk", out, whole(out), not done and any(word in said for word in FULL))
-    for i in tqdm(range(5), "full disk"):
+    for i in tqdm(range(4), "full disk"):
         out = bench.files / f"disk{i}"
         with mounted(out, "-t", "tmpfs", "-o", f"size={round(largest * (0.5 + i) / 4096) * 4}k", "tmpfs") as there:
             if not there:
@@ -127,7 +127,7 @@ def read_only(bench: Bench) -> None:
 def two_at_once(bench: Bench) -> None:
     """Started together or a little apart, with equal settings and with others."""
     alone = len(whole(bench.files / "right0"))
-    for i in tqdm(range(12), "two at once"):
+    for i in tqdm(range(8), "two at once"):
         seeds, out = (0, i % 2), bench.files / f"two{i}"
         out.mkdir()
         rows = [bench.files / f"two{i}.{n}.json" for n in (0, 1)]
@@ -182,7 +182,7 @@ def flips(bench: Bench) -> None:
 
 def unfinished(bench: Bench) -> None:
     """One bit of the state that an interrupted stage goes on from."""
-    for i in tqdm(range(12), "flipped bits"):
+    for i in tqdm(range(8), "flipped bits"):
         out = bench.files / f"state{i}"
         while not (left := [path for path in out.rglob("unfinished*") if path.suffix == ".safetensors"]):
             shutil.rmtree(out, ignore_errors=True)

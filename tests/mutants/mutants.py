@@ -23,7 +23,12 @@ import pytest
 import torch
 from changes import Change, changes
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401  imported once: each mutant is a fork
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401  once: each mutant is a fork
+
+import jqlib.pipeline  # noqa: F401  for the libraries that it imports
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "jqlib"]:
+    del sys.modules[name]  # each mutant's tests import their own
 
 ROOT = Path(__file__).parents[2]
 KEPT, JUDGED = ROOT / ".mutants.json", Path(__file__).parent / "judged.json"
