@@ -1,4 +1,4 @@
-"""What must hold for any sizes, bits and numbers, tried on many of them."""
+"""What must hold for any sizes, bits and numbers, tried on many of them: the same ones each time."""
 
 import math
 
@@ -11,14 +11,23 @@ from test_families import KINDS, config_of
 
 from jqlib.model.data import Windows
 from jqlib.model.evaluate import Reference, evaluate_windows, last_hidden
+from jqlib.model.walk import Step
 from jqlib.quant.gptq import gptq
-from jqlib.transform.grids import quantize_activation, quantize_weight, round_symmetric, spread, weight_scales
-from jqlib.transform.hadamard import block_order, random_hadamard
-from jqlib.transform.orthogonal import nearby_polar, orthogonality_error, polar, turned
+from jqlib.transform.grids import (
+    quantize_activation,
+    quantize_weight,
+    round_symmetric,
+    rounding_error,
+    spread,
+    weight_scales,
+)
+from jqlib.transform.hadamard import block_order, random_hadamard, transform_operations
+from jqlib.transform.orthogonal import by_inverses, by_svd, nearby_polar, orthogonality_error, polar, turned
 from jqlib.transform.selfcheck import change_of_logits
+from jqlib.transform.transform import Transform
 
 SEEDS = st.integers(0, 2**31)
-tried = settings(max_examples=60, deadline=None)
+tried = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def drawn(*shape: int, seed: int, power: int = 3) -> torch.Tensor:
@@ -87,7 +96,7 @@ def test_gptq_is_never_worse_than_rtn_in_its_own_metric(bits, rows, n, tokens, g
     assert (ours <= rtn * 1.001 + 1e-6 * hessian.diagonal().amax()).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)), kv=st.integers(1, 3), group=st.integers(1, 4),
        layers=st.integers(1, 3), tied=st.booleans(), d=st.sampled_from([4, 8, 12, 16]))  # fmt: skip
 def test_a_tiny_model_of_any_family_keeps_its_logits(data, kind, kv, group, layers, tied, d):
@@ -96,10 +105,10 @@ def test_a_tiny_model_of_any_family_keeps_its_logits(data, kind, kv, group, laye
     sizes = {"hidden_size": hidden, "num_attention_heads": kv * group, "num_key_value_heads": kv, "vocab_size": 64,
              "num_hidden_layers": layers, "tie_word_embeddings": tied, "head_dim": d,
              "intermediate_size": data.draw(st.sampled_from([24, 40, 64, 96, 112]))}  # fmt: skip
-    assert change_of_logits(config_of(kind, **sizes)) < 1e-5
+    assert change_of_logits(config_of(kind, **sizes)) < 1e-4  # wrongly merged: above 1e-1
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(windows=st.integers(2, 5), seqlen=st.integers(2, 40), seed=SEEDS, cut=st.integers(1, 4))
 def test_perplexity_adds_up_over_windows(tiny, tiny_other, windows, seqlen, seed, cut):
     ids = torch.randint(128, (windows, seqlen), generator=torch.Generator().manual_seed(seed))
@@ -160,3 +169,53 @@ def test_a_random_hadamard_rotation_spreads_every_channel_evenly(n, seed):
     R = random_hadamard(n, seed)
     assert orthogonality_error(R) < 1e-5
     assert torch.allclose(R.abs().amax(1), torch.full((n,), order**-0.5))
+
+
+@tried
+@given(n=st.integers(1, 24), seed=SEEDS, size=st.sampled_from([1e-3, 1.0, 1e3]))
+def test_both_ways_to_the_polar_factor_agree(n, seed, size):
+    """One is for a GPU. Singular values of 1 to 30."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(2, n, n, generator=generator, dtype=torch.double))[0] for _ in "UV")
+    M = size * U * (1 + 29 * torch.rand(2, 1, n, generator=generator, dtype=torch.double)) @ V
+    for found in (by_inverses(M), by_svd(M)):
+        torch.testing.assert_close(found, U @ V, rtol=0, atol=1e-8)
+
+
+@tried
+@given(n=st.integers(2, 40), seed=SEEDS)
+def test_a_channel_of_scale_zero_is_left_alone(n, seed):
+    """It is one that is always zero; nothing may become infinite by it."""
+    x, scale = drawn(3, n, seed=seed).double(), drawn(n, seed=seed + 1, power=1).double().exp()
+    dead = torch.arange(n) % 2 == 1
+    scale[dead] = 0
+    transform = Transform(scale)
+    z = transform.apply(x)
+    assert torch.equal(z[:, dead], x[:, dead])
+    torch.testing.assert_close(z[:, ~dead] * scale[~dead], x[:, ~dead])
+    torch.testing.assert_close(transform.undo(z), x * ~dead)
+
+
+@tried
+@given(bits=st.integers(2, 8), n=st.integers(1, 40), seed=SEEDS)
+def test_the_rounding_error_is_the_share_of_each_tokens_energy(bits, n, seed):
+    x = drawn(5, n, seed=seed)
+    lost = (quantize_activation(x, bits, 0.9) - x).double().square().sum(1) / x.double().square().sum(1)
+    assert rounding_error(x, bits, 0.9) == pytest.approx(lost.mean().item(), rel=1e-4)
+    assert rounding_error(x) == rounding_error(x, 4, 1.0)
+    assert torch.equal(quantize_activation(x), quantize_activation(x, 4, 1.0))
+    assert torch.equal(quantize_weight(x), quantize_weight(x, 4, 128))
+
+
+@pytest.mark.parametrize(("n", "cost"), [(1, 1), (2, 2), (128, 128), (256, 130), (1024, 136), (96, 20), (576, 28)])
+def test_what_a_fast_transform_costs(n, cost):
+    """The sum of the orders of its factors, for each channel: 96 = 12 · 8, 576 = 12 · 12 · 4."""
+    assert transform_operations(n) == n * cost
+
+
+@pytest.mark.parametrize(("windows", "seqlen", "parts"), [(5, 1000, [2, 2, 1]), (3, 4000, [1, 1, 1]), (4, 100, [4])])
+def test_windows_are_taken_so_many_together_as_are_about_2048_tokens(windows, seqlen, parts):
+    step = Step("layer", torch.nn.Identity(), torch.arange(windows)[:, None, None].expand(-1, seqlen, 3).clone(), {})
+    taken = [step.hidden[part][:, 0, 0].tolist() for part in step.parts()]
+    assert [len(part) for part in taken] == parts
+    assert [window for part in taken for window in part] == list(range(windows))

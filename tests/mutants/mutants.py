@@ -40,8 +40,8 @@ TESTS = {  # what must notice a change, the quickest first
     "transform/hadamard.py": ["hadamard"],
     "transform/orthogonal.py": ["properties", "joint"],
     "quant/gptq.py": ["gptq", "properties"],
-    "learn/solver.py": ["joint"],
-    "model/walk.py": ["walk", "activations"],
+    "learn/solver.py": ["r2", "joint"],
+    "model/walk.py": ["walk", "properties", "activations"],
 }
 
 
