@@ -76,7 +76,7 @@ def full_disk(bench: Bench) -> None:
     """No file may grow beyond a limit; then, where we may mount, a disk that is really full."""
     largest = max(path.stat().st_size for path in (bench.files / "right0").rglob("*.safetensors"))
     for i in tqdm(range(12), "full disk"):
-        out, limit = bench.files / f"full{i}", round(300 * (largest / 300) ** (i / 12))
+        out, limit = bench.files / f"full{i}", round(2000 * (largest / 2000) ** (i / 12))
         done, said = bench.run(out, lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         bench.judge("full disk", out, whole(out), not done and any(word in said for word in FULL))
     for i in tqdm(range(4), "full disk"):

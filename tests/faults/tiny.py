@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # conftest
@@ -68,5 +69,6 @@ def finished(pid: int) -> bool:
 
 
 def whole(out: Path) -> set[str]:
-    """The names of the artifacts that can be read."""
-    return {path.name for path in out.glob("*/artifacts/*.safetensors") if read(path) is not None}
+    """The names of the artifacts that can be read; of others it says nothing."""
+    with redirect_stdout(None):
+        return {path.name for path in out.glob("*/artifacts/*.safetensors") if read(path) is not None}
