@@ -151,7 +151,7 @@ def site_costs(sites: pd.DataFrame, totals: pd.DataFrame) -> Figure:
             title="all of them at once", xlabel="predicted (nats per token)", ylabel="measured KL (nats per token)"
         )
         for axis, table, unit in ((left, sites, 1e3), (right, totals, 1)):
-            top = 1.15 * unit * table[["predicted", "measured"]].to_numpy().max()
+            top = 1.25 * unit * table[["predicted", "measured"]].to_numpy().max()
             axis.plot([0, top], [0, top], color="0.6", lw=1, label="predicted = measured", zorder=0)
             axis.set(xlim=(0, top), ylim=(0, top))
         left.legend()
