@@ -49,11 +49,12 @@ def test_a_change_without_an_interval_is_drawn():
     assert texts == {1: "+0.20"}
 
 
-@pytest.mark.parametrize(("sizes", "edge"), [
-    ([0.1, 0.2, 0.3], 0.3), ([0.1, 0.2, 0.3, 2.0, 9.0], 0.3), ([0.0, 0.0, 1.0], 1.0), ([2.0], 2.0), ([], 0.0),
+@pytest.mark.parametrize(("sizes", "least", "edge"), [
+    ([0.1, 0.2, 0.3], 0, 0.3), ([0.1, 0.2, 0.3, 2.0, 9.0], 0, 0.3), ([0.03, 0.13, 0.67, 1.9], 0.13, 0.13),
+    ([0.001, 0.02, 0.04], 0, 0.04), ([2.0], 0, 2.0), ([0.01, 0.02], 0.1, 0.1),
 ])  # fmt: skip
-def test_where_the_axis_ends(sizes, edge):
-    assert plot_parts._edge(sizes) == edge
+def test_where_the_axis_ends(sizes, least, edge):
+    assert plot_parts._edge(sizes, least) == edge
 
 
 def test_one_tall_weight_leaves_its_group_no_steps():

@@ -18,10 +18,10 @@ from jqlib.transform.grids import round_to_nearest
 Pair = tuple[Sequence[float], Sequence[float]]  # before and after
 
 PARTS = {"activations": "#CC79A7", "weights": "#56B4E9", "both": "#333333"}
-FAR = 5  # so many times further out than the rest, and a value is written instead of drawn
+FAR = 4  # so many times further out than the rest, and a value is written instead of drawn
 
 
-def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[str, float]], title: str = "α") -> Figure:
+def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[str, float]]) -> Figure:
     """Relative errors over α, in per cent, log axis: a panel per name, a line per column ("weights", "weights, rms").
 
     What follows a comma in a column's name is drawn dashed. ``none``: the same errors without smoothing, at the left.
@@ -36,7 +36,7 @@ def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[st
             for part, error in none[name].items():
                 axis.plot(-0.15, 100 * error, "D", ms=5, color=PARTS[part])
             axis.axvline(-0.07, color="0.8", lw=0.8)
-            axis.set(title=name, xlabel=title, yscale="log", xlim=(-0.24, 1.05))
+            axis.set(title=name, xlabel="α", yscale="log", xlim=(-0.24, 1.05))
             axis.set_xticks([-0.15, 0, 0.25, 0.5, 0.75, 1], ["none", "0", "0.25", "0.5", "0.75", "1"])
             _plain(axis.yaxis)
         axes[0, 0].set_ylabel("error at the output (%)")
@@ -89,7 +89,7 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
     groups = list(dict.fromkeys(table.group))
     rows = [row for group in groups for row in [group, *table[table.group == group].itertuples()]]
     values = table[["value", "low", "high"]].astype(float)
-    end = max(_edge(values.value.abs()), 2 * band)
+    end = _edge(values.value.abs(), 2 * band)
     shown = values[values.value.abs() <= end].to_numpy()
     left, right = np.nanmin([*shown.flat, -band, -0.1 * end]), np.nanmax([*shown.flat, band, 0.1 * end])
     left, right = left - 0.05 * (right - left), right + 0.15 * (right - left)  # room for the last one's number
@@ -157,10 +157,14 @@ def strip(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
         return figure
 
 
-def _edge(sizes: Sequence[float]) -> float:
-    """The largest that is not `FAR` times further out than the one before it, from the median on; 0 of none."""
-    upper = sorted(sizes)[len(sizes) // 2 :]
-    return next((low for low, high in pairwise(upper) if high > FAR * low > 0), upper[-1] if upper else 0.0)
+def _edge(sizes: Sequence[float], least: float = 0.0) -> float:
+    """Where an axis ends: at the largest that is not `FAR` times further out than the one before it, ``least`` and half
+    of them."""
+    sizes = sorted(sizes)
+    least = max(least, sizes[(len(sizes) - 1) // 2])
+    return next(
+        (max(low, least) for low, high in pairwise(sizes) if high > FAR * max(low, least)), max(sizes[-1], least)
+    )
 
 
 def _plain(axis) -> None:
