@@ -80,10 +80,12 @@ def test_both_errors_are_drawn_in_per_cent():
 
 
 def test_bits_and_seeds_are_where_they_belong():
-    lines = {"activations": {8: 0.01, 4: 0.4}, "weights": {4: 0.6, 2: 5.0}}
-    axis = plot_parts.bits_curve(lines, "y").axes[0]
-    assert [list(line.get_xdata()) for line in axis.lines[:2]] == [[4, 8], [2, 4]]
-    assert {text.get_text() for text in axis.texts} == {"0.01", "0.40", "0.60", "5.00"}
+    lines = {"activations": {8: 0.01, 4: 0.4}, "weights": {4: 0.6, 2: 9.0}}
+    axis = plot_parts.bits_curve(lines, "y", 7.7).axes[0]
+    assert [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "o"] == [[4, 8], [2, 4]]
+    assert {text.get_text() for text in axis.texts} == {"0.01", "0.40", "0.60", "9.00"}
+    assert axis.get_ylim()[1] == pytest.approx(1.15 * 0.6)  # what is worse than guessing does not stretch the axis
+    assert [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "^"] == [[2]]
     dots, mean, *_ = plot_parts.strip({"JointQuant": [0.4, 0.6]}, "x").axes[0].lines
     assert list(dots.get_xdata()) == [0.4, 0.6]
     assert mean.get_xdata()[0] == pytest.approx(0.5)

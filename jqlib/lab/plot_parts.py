@@ -126,8 +126,12 @@ def _change(axis, y: int, row, band: float, left: float, right: float) -> None:
     axis.text(behind, y, f"{value:+.2f}", bbox=box, **text)
 
 
-def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Figure:
-    """A number over bits, linear axis, a line per part, every value written: the largest of a place above its point."""
+def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str, guessing: float) -> Figure:
+    """Nats over bits, linear axis, a line per part, every value written: the largest of a place above its point.
+
+    ``guessing``: what a model loses that takes all tokens for equally likely. Beyond it values are written at the top.
+    """
+    top = 1.15 * max(value for values in lines.values() for value in values.values() if value <= guessing)
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 4))
         for part, values in lines.items():
@@ -135,12 +139,16 @@ def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Figure:
             axis.plot(bits, [values[b] for b in bits], marker="o", color=PARTS[part], label=part)
             for b in bits:
                 above = part == max(lines, key=lambda name: lines[name].get(b, -math.inf))
-                text = {"xytext": (4, 6), "ha": "left"} if above else {"xytext": (-4, -14), "ha": "right"}
-                text |= {"textcoords": "offset points", "color": PARTS[part]}
-                axis.annotate(f"{values[b]:.2f}", (b, values[b]), **text)
-        axis.set(xlabel="bits", ylabel=ylabel, xticks=sorted({b for values in lines.values() for b in values}))
+                place = {"xytext": (4, 6), "ha": "left"} if above else {"xytext": (-4, -14), "ha": "right"}
+                if values[b] > guessing:
+                    axis.plot(b, top, "^", color=PARTS[part], clip_on=False)
+                    place = {"xytext": (8, -6 if above else -20), "ha": "left"}
+                place |= {"textcoords": "offset points", "color": PARTS[part]}
+                axis.annotate(f"{values[b]:.2f}", (b, min(values[b], top)), **place)
+        axis.set(xlabel="bits (▲: worse than guessing)", ylabel=ylabel, ylim=(-0.1 * top, top))
+        axis.set_xticks(sorted({b for values in lines.values() for b in values}))
         axis.axhline(0, color="k", ls="--", lw=1)
-        axis.margins(0.08, 0.12)
+        axis.margins(0.08)
         axis.legend()
         return figure
 
