@@ -86,6 +86,8 @@ def test_bits_and_seeds_are_where_they_belong():
     assert {text.get_text() for text in axis.texts} == {"0.01", "0.40", "0.60", "9.00"}
     assert axis.get_ylim()[1] == pytest.approx(1.15 * 0.6)  # what is worse than guessing does not stretch the axis
     assert [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "^"] == [[2]]
+    below = plot_parts.bits_curve({"weights": {4: -0.1, 2: 0.1}}, "y", -0.2).axes[0]  # FP is worse than guessing
+    assert below.get_ylim()[0] < -0.1 < 0.1 < below.get_ylim()[1]
     dots, mean, *_ = plot_parts.strip({"JointQuant": [0.4, 0.6]}, "x").axes[0].lines
     assert list(dots.get_xdata()) == [0.4, 0.6]
     assert mean.get_xdata()[0] == pytest.approx(0.5)

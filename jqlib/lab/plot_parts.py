@@ -131,7 +131,9 @@ def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str, guessing: 
 
     ``guessing``: what a model loses that takes all tokens for equally likely. Beyond it values are written at the top.
     """
-    top = 1.15 * max(value for values in lines.values() for value in values.values() if value <= guessing)
+    every = [value for values in lines.values() for value in values.values()]
+    guessing = guessing if min(every) <= guessing else math.inf  # this model is worse itself
+    top = max(0.05, 1.15 * max(value for value in every if value <= guessing))
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 4))
         for part, values in lines.items():
@@ -145,7 +147,7 @@ def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str, guessing: 
                     place = {"xytext": (8, -6 if above else -20), "ha": "left"}
                 place |= {"textcoords": "offset points", "color": PARTS[part]}
                 axis.annotate(f"{values[b]:.2f}", (b, min(values[b], top)), **place)
-        axis.set(xlabel="bits (▲: worse than guessing)", ylabel=ylabel, ylim=(-0.1 * top, top))
+        axis.set(xlabel="bits (▲: worse than guessing)", ylabel=ylabel, ylim=(min(0, *every) - 0.1 * top, top))
         axis.set_xticks(sorted({b for values in lines.values() for b in values}))
         axis.axhline(0, color="k", ls="--", lw=1)
         axis.margins(0.08)
