@@ -49,11 +49,12 @@ def test_a_change_without_an_interval_is_drawn():
     assert texts == {1: "+0.20"}
 
 
-@pytest.mark.parametrize(("sizes", "edge"), [
-    ([0.1, 0.2, 0.3], 0.3), ([0.1, 0.2, 0.3, 2.0, 9.0], 0.3), ([0.0, 0.0, 1.0], 1.0), ([2.0], 2.0), ([], 0.0),
+@pytest.mark.parametrize(("sizes", "least", "edge"), [
+    ([0.1, 0.2, 0.3], 0, 0.3), ([0.1, 0.2, 0.3, 2.0, 9.0], 0, 0.3), ([0.03, 0.13, 0.67, 1.9], 0.13, 0.13),
+    ([0.001, 0.02, 0.04], 0, 0.04), ([2.0], 0, 2.0), ([0.01, 0.02], 0.1, 0.1),
 ])  # fmt: skip
-def test_where_the_axis_ends(sizes, edge):
-    assert plot_parts._edge(sizes) == edge
+def test_where_the_axis_ends(sizes, least, edge):
+    assert plot_parts._edge(sizes, least) == edge
 
 
 def test_one_tall_weight_leaves_its_group_no_steps():
@@ -79,10 +80,14 @@ def test_both_errors_are_drawn_in_per_cent():
 
 
 def test_bits_and_seeds_are_where_they_belong():
-    lines = {"activations": {8: 0.01, 4: 0.4}, "weights": {4: 0.6, 2: 5.0}}
-    axis = plot_parts.bits_curve(lines, "y").axes[0]
-    assert [list(line.get_xdata()) for line in axis.lines[:2]] == [[4, 8], [2, 4]]
-    assert {text.get_text() for text in axis.texts} == {"0.01", "0.40", "0.60", "5.00"}
+    lines = {"activations": {8: 0.01, 4: 0.4}, "weights": {4: 0.6, 2: 9.0}}
+    axis = plot_parts.bits_curve(lines, "y", 7.7).axes[0]
+    assert [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "o"] == [[4, 8], [2, 4]]
+    assert {text.get_text() for text in axis.texts} == {"0.01", "0.40", "0.60", "9.00"}
+    assert axis.get_ylim()[1] == pytest.approx(1.15 * 0.6)  # what is worse than guessing does not stretch the axis
+    assert [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "^"] == [[2]]
+    below = plot_parts.bits_curve({"weights": {4: -0.1, 2: 0.1}}, "y", -0.2).axes[0]  # FP is worse than guessing
+    assert below.get_ylim()[0] < -0.1 < 0.1 < below.get_ylim()[1]
     dots, mean, *_ = plot_parts.strip({"JointQuant": [0.4, 0.6]}, "x").axes[0].lines
     assert list(dots.get_xdata()) == [0.4, 0.6]
     assert mean.get_xdata()[0] == pytest.approx(0.5)

@@ -18,10 +18,10 @@ from jqlib.transform.grids import round_to_nearest
 Pair = tuple[Sequence[float], Sequence[float]]  # before and after
 
 PARTS = {"activations": "#CC79A7", "weights": "#56B4E9", "both": "#333333"}
-FAR = 5  # so many times further out than the rest, and a value is written instead of drawn
+FAR = 4  # so many times further out than the rest, and a value is written instead of drawn
 
 
-def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[str, float]], title: str = "α") -> Figure:
+def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[str, float]]) -> Figure:
     """Relative errors over α, in per cent, log axis: a panel per name, a line per column ("weights", "weights, rms").
 
     What follows a comma in a column's name is drawn dashed. ``none``: the same errors without smoothing, at the left.
@@ -36,7 +36,7 @@ def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[st
             for part, error in none[name].items():
                 axis.plot(-0.15, 100 * error, "D", ms=5, color=PARTS[part])
             axis.axvline(-0.07, color="0.8", lw=0.8)
-            axis.set(title=name, xlabel=title, yscale="log", xlim=(-0.24, 1.05))
+            axis.set(title=name, xlabel="α", yscale="log", xlim=(-0.24, 1.05))
             axis.set_xticks([-0.15, 0, 0.25, 0.5, 0.75, 1], ["none", "0", "0.25", "0.5", "0.75", "1"])
             _plain(axis.yaxis)
         axes[0, 0].set_ylabel("error at the output (%)")
@@ -89,7 +89,7 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
     groups = list(dict.fromkeys(table.group))
     rows = [row for group in groups for row in [group, *table[table.group == group].itertuples()]]
     values = table[["value", "low", "high"]].astype(float)
-    end = max(_edge(values.value.abs()), 2 * band)
+    end = _edge(values.value.abs(), 2 * band)
     shown = values[values.value.abs() <= end].to_numpy()
     left, right = np.nanmin([*shown.flat, -band, -0.1 * end]), np.nanmax([*shown.flat, band, 0.1 * end])
     left, right = left - 0.05 * (right - left), right + 0.15 * (right - left)  # room for the last one's number
@@ -126,8 +126,14 @@ def _change(axis, y: int, row, band: float, left: float, right: float) -> None:
     axis.text(behind, y, f"{value:+.2f}", bbox=box, **text)
 
 
-def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Figure:
-    """A number over bits, linear axis, a line per part, every value written: the largest of a place above its point."""
+def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str, guessing: float) -> Figure:
+    """Nats over bits, linear axis, a line per part, every value written: the largest of a place above its point.
+
+    ``guessing``: what a model loses that takes all tokens for equally likely. Beyond it values are written at the top.
+    """
+    every = [value for values in lines.values() for value in values.values()]
+    guessing = guessing if min(every) <= guessing else math.inf  # this model is worse itself
+    top = max(0.05, 1.15 * max(value for value in every if value <= guessing))
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 4))
         for part, values in lines.items():
@@ -135,12 +141,16 @@ def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str) -> Figure:
             axis.plot(bits, [values[b] for b in bits], marker="o", color=PARTS[part], label=part)
             for b in bits:
                 above = part == max(lines, key=lambda name: lines[name].get(b, -math.inf))
-                text = {"xytext": (4, 6), "ha": "left"} if above else {"xytext": (-4, -14), "ha": "right"}
-                text |= {"textcoords": "offset points", "color": PARTS[part]}
-                axis.annotate(f"{values[b]:.2f}", (b, values[b]), **text)
-        axis.set(xlabel="bits", ylabel=ylabel, xticks=sorted({b for values in lines.values() for b in values}))
+                place = {"xytext": (4, 6), "ha": "left"} if above else {"xytext": (-4, -14), "ha": "right"}
+                if values[b] > guessing:
+                    axis.plot(b, top, "^", color=PARTS[part], clip_on=False)
+                    place = {"xytext": (8, -6 if above else -20), "ha": "left"}
+                place |= {"textcoords": "offset points", "color": PARTS[part]}
+                axis.annotate(f"{values[b]:.2f}", (b, min(values[b], top)), **place)
+        axis.set(xlabel="bits (▲: worse than guessing)", ylabel=ylabel, ylim=(min(0, *every) - 0.1 * top, top))
+        axis.set_xticks(sorted({b for values in lines.values() for b in values}))
         axis.axhline(0, color="k", ls="--", lw=1)
-        axis.margins(0.08, 0.12)
+        axis.margins(0.08)
         axis.legend()
         return figure
 
@@ -157,10 +167,14 @@ def strip(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
         return figure
 
 
-def _edge(sizes: Sequence[float]) -> float:
-    """The largest that is not `FAR` times further out than the one before it, from the median on; 0 of none."""
-    upper = sorted(sizes)[len(sizes) // 2 :]
-    return next((low for low, high in pairwise(upper) if high > FAR * low > 0), upper[-1] if upper else 0.0)
+def _edge(sizes: Sequence[float], least: float = 0.0) -> float:
+    """Where an axis ends: at the largest that is not `FAR` times further out than the one before it, ``least`` and half
+    of them."""
+    sizes = sorted(sizes)
+    least = max(least, sizes[(len(sizes) - 1) // 2])
+    return next(
+        (max(low, least) for low, high in pairwise(sizes) if high > FAR * max(low, least)), max(sizes[-1], least)
+    )
 
 
 def _plain(axis) -> None:
