@@ -52,11 +52,15 @@ def _line(axis, y: float, colour: str | None, found: tuple[float, float, float],
         return
     if value > edge:
         axis.plot([edge * 1.08], [y], ">", color=colour)
-        axis.text(edge * 1.12, y, f"{value:.2f}", va="center", fontsize=9)
+        _beside(axis, edge * 1.08, y, value)
         return
     axis.plot([low, high], [y, y], color=colour, lw=4, alpha=0.4, solid_capstyle="butt")
     axis.plot([value], [y], "o", color=colour, ms=5)
-    axis.text(np.nanmax([value, high]) + edge * 0.03, y, f"{value:.2f}", va="center", fontsize=9)
+    _beside(axis, np.nanmax([value, high]), y, value)
+
+
+def _beside(axis, x: float, y: float, value: float) -> None:
+    axis.annotate(f"{value:.2f}", (x, y), (7, 0), textcoords="offset points", va="center", fontsize=9)
 
 
 def _edge(values: Sequence[float]) -> float:
@@ -91,7 +95,7 @@ def road(
             _step(axis, y, values, edge, luck)
         for y, (name, value) in enumerate(others.items(), len(names)):
             axis.plot([value], [y], "D", color=colour_of(name))
-            axis.text(value + 0.03 * edge, y, f"{value:.2f}", va="center", fontsize=10)
+            _beside(axis, value, y, value)
         if closed:
             y, start = len(names) + len(others) - 0.1, costs[since]
             axis.annotate("", (values[-1], y), (start, y), arrowprops={"arrowstyle": "->", "lw": 2})

@@ -61,7 +61,7 @@ def by_frequency(extra: Tensor, windows: Tensor, seen: Tensor) -> pd.DataFrame:
 
 
 def coloured(words: Sequence[str], extra: Mapping[str, Sequence[float]]) -> str:
-    """HTML: the same words once per method, each the redder, the more nats it costs beyond FP (bluer: the fewer).
+    """HTML: the same words once per method, each the more orange, the more nats it costs beyond FP (bluer: the fewer).
 
     ``extra``: by method, one number per word. A word's number shows when the mouse is over it.
     """
