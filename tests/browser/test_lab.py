@@ -162,7 +162,7 @@ def explore(page, number):
     figure = page.locator(PLOT)
     figure.scroll_into_view_if_needed()
     bits, layer = (page.locator(".widget-hslider", has_text=text).locator(".noUi-handle") for text in ("bits", "layer"))
-    left, right = page.get_by_label("left"), page.get_by_label("right")
+    left, right = (page.get_by_label(side, exact=True) for side in ("left", "right"))
     first = state(figure)
     last = moved(page, first, "layer", lambda: layer.press("ArrowRight"))
     last = moved(page, last, "bits", lambda: bits.press("ArrowRight"))
