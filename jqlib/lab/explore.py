@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from html import escape
 
+import matplotlib.pyplot as plt
 import numpy as np
 from IPython import get_ipython
 from IPython.display import display
@@ -37,7 +38,7 @@ def explorer(acts: Mapping[str, Mapping[int, Tensor]], rotations: Rotations | Ma
         chosen = {name: (error, y[token].numpy()) for name, (y, error) in sides.items()}
         figure = tokens.explored(chosen, words, token, bits)
         figure.suptitle(f"layer {layer}, {site}", x=0.99, ha="right", fontsize=10)
-        tokens.plt.close(figure)  # it is displayed here
+        plt.close(figure)  # it is displayed here
         display(figure)
         return None
     if "google.colab" in sys.modules:

@@ -105,7 +105,7 @@ class Turning:
         error = errors(torch.from_numpy(y)[None], self.bits).item()
         ends = {0.0: "as it is", 1.0: "rotated"}
         self.head.set_text(f"{ends.get(t, f'{t:.0%} of the way to R')}:  {zeros.mean():.0%} of its {len(y)} numbers "
-                           f"become 0,  error {error:.1%}")  # fmt: skip
+                           f"become 0 (orange),  error {error:.1%}")  # fmt: skip
         for lines, *dots in self.drawn:
             lines.set_segments([[(-8, level), (len(y) + 7, level)] for level in levels(y, self.bits)])
             for mask, of in zip((zeros, ~zeros), dots, strict=True):

@@ -162,7 +162,7 @@ def explore(page, number):
     figure = page.locator(PLOT)
     figure.scroll_into_view_if_needed()
     bits, layer = (page.locator(".widget-hslider", has_text=text).locator(".noUi-handle") for text in ("bits", "layer"))
-    left, right = page.get_by_label("left"), page.get_by_label("right")
+    left, right = (page.get_by_label(side, exact=True) for side in ("left", "right"))
     first = state(figure)
     last = moved(page, first, "layer", lambda: layer.press("ArrowRight"))
     last = moved(page, last, "bits", lambda: bits.press("ArrowRight"))
@@ -174,11 +174,11 @@ def explore(page, number):
     one, other = colours(figure)
     assert one == other
     assert moved(page, last, "right", lambda: right.select_option("Hadamard")) == before
-    moved(page, before, "left", lambda: left.select_option("Hadamard"))
+    last = moved(page, before, "left", lambda: left.select_option("Hadamard"))
     assert len({*colours(figure)}) == 1
+    assert moved(page, last, "left", lambda: left.select_option("none")) == before
     page.screenshot(path=SHOTS / f"{number}_explorer.png")
-    left.select_option("none")
-    moved(page, state(figure), "play", lambda: page.locator(".widget-play button").first.click())
+    moved(page, before, "play", lambda: page.locator(".widget-play button").first.click())
     page.wait_for_function(f"() => document.querySelector('{PLOT}').layout.annotations[1].text.includes('of the way')")
     page.screenshot(path=SHOTS / f"{number}_explorer_on_the_way.png")
     end = f"before => ({STATE})(document.querySelector('{PLOT}')) === before"
