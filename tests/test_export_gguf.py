@@ -1,6 +1,7 @@
 """GGUF as llama.cpp and transformers read it: every family's predictions, every kind of tokenizer's tokens."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from jqlib import get_model
+from jqlib import get_model, get_tokenizer
 from jqlib.export import run_gguf
 from jqlib.export.can import ARCHITECTURES
 from jqlib.export.export import export
@@ -133,12 +134,14 @@ def test_transformers_reads_phi3(written, tokens):
 @pytest.mark.parametrize(("normalizer", "pre"), [
     (PREPEND, None), (normalizers.Replace(" ", "▁"), None), (None, metaspace("never")),
 ])  # fmt: skip
-def test_llama_cpp_makes_the_same_tokens(written, normalizer, pre):
+def test_llama_cpp_makes_the_same_tokens(written, tmp_path, normalizer, pre):
     tokenizer = in_pieces(normalizer, pre)
     _, path = written(tokenizer=tokenizer)
     theirs = said_by_llama_cpp("tokens_of", path, TEXTS)
+    alone = shutil.copy(path, tmp_path / "alone.gguf")  # with no tokenizer.json beside it
+    read = get_tokenizer(str(alone))
     for text, found in zip(TEXTS, theirs, strict=True):
-        assert found == tokenizer(text).input_ids, text
+        assert found == tokenizer(text).input_ids == read(text).input_ids, text
 
 
 @needs_llama_cpp

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFValueType, get_tensor_name_map
-from tokenizers import pre_tokenizers
+from tokenizers import normalizers, pre_tokenizers
 from torch import nn
 from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -60,9 +60,14 @@ def check_tensors(path: Path, model: nn.Module) -> None:
 
 
 def check_tokenizer(path: Path, tokenizer) -> None:
-    """Raises ValueError for a way to split text that is not known; sets that of SmolLM, which transformers has not."""
+    """Raises ValueError for a way to split text that is not known. Sets what transformers has not: SmolLM's splits, and
+    whether one of sentencepiece's kind puts a space before text, as llama.cpp does: always, or never."""
     found = _header(path, path.stat().st_mtime_ns)[0]
     pre = found.get("tokenizer.ggml.pre", "default")
+    if found.get("tokenizer.ggml.model") == "llama":
+        space = [normalizers.Prepend("▁")] if found.get("tokenizer.ggml.add_space_prefix", True) else []
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
+        tokenizer.backend_tokenizer.pre_tokenizer = None
     if found.get("tokenizer.ggml.model") != "gpt2":
         return
     if pre not in SPLITS:
