@@ -14,9 +14,7 @@ import signal
 import sys
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -74,24 +72,36 @@ def _test_here(folder: Path, tests: list[str]) -> int:
     return int(code) if theirs is None or str(folder) in theirs.__file__ else 99
 
 
-def tested(folder: Path, tests: list[str], limit: float) -> str:
-    """How the tests end in this copy: "passed", "failed", or "endless"; RuntimeError if they were not of this copy."""
-    if not (pid := os.fork()):
-        try:
-            os.setsid()
-            os._exit(_test_here(folder, tests))
-        finally:
-            os._exit(98)
-    end = time.monotonic() + limit
-    while not (done := os.waitpid(pid, os.WNOHANG))[0]:
-        if time.monotonic() > end:
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+class Trial:
+    """Tests that run on a copy of the project, in a process of their own."""
+
+    def __init__(self, folder: Path, tests: list[str], limit: float):
+        self.folder, self.start, self.limit = folder, time.monotonic(), limit
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                os.setsid()
+                os._exit(_test_here(folder, tests))
+            finally:
+                os._exit(98)
+
+    def ended(self) -> str | None:
+        """ "passed", "failed", or "endless"; None as long as they run. RuntimeError if they were not of this copy."""
+        pid, code = os.waitpid(self.pid, os.WNOHANG)
+        if not pid:
+            if time.monotonic() - self.start < self.limit:
+                return None
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
             return "endless"
-        time.sleep(0.05)
-    if done[1] in (98 << 8, 99 << 8):
-        raise RuntimeError(f"the tests did not run, or not on {folder}: {(folder / 'output.txt').read_text()}")
-    return "passed" if done[1] == 0 else "failed"
+        if code in (98 << 8, 99 << 8):
+            raise RuntimeError(f"the tests did not run, or not on the copy: {(self.folder / 'output.txt').read_text()}")
+        return "failed" if code else "passed"
+
+    def wait(self) -> str:
+        while (end := self.ended()) is None:
+            time.sleep(0.05)
+        return end
 
 
 def _copy(folder: Path) -> Path:
@@ -102,18 +112,19 @@ def _copy(folder: Path) -> Path:
     return folder
 
 
-def _noticed(folder: Path, file: str, change: Change, took: dict[str, float]) -> str:
-    """How its tests end with this change; ``took``: the seconds they take without any, by file."""
-    tests = [f"tests/test_{test}.py" for test in TESTS[file]]
-    if file not in took:
-        start = time.monotonic()
-        if tested(folder, tests, 600) != "passed":
-            raise RuntimeError(f"{file}: its tests fail as it is: {(folder / 'output.txt').read_text()}")
-        took[file] = time.monotonic() - start
-    (folder / "jqlib" / file).write_text(change.source)
-    end = tested(folder, tests, 20 + 3 * took[file])
-    shutil.copy(ROOT / "jqlib" / file, folder / "jqlib" / file)
-    return end
+def tests_of(file: str) -> list[str]:
+    return [f"tests/test_{test}.py" for test in TESTS[file]]
+
+
+def limit_of(folder: Path, file: str, took: dict[str, float]) -> float:
+    """How long its tests may take, in seconds; ``took``: what they take without any change, measured here at first."""
+    name = f"{file}: {' '.join(TESTS[file])}"
+    if name not in took:
+        trial = Trial(folder, tests_of(file), 600)
+        if trial.wait() != "passed":
+            raise RuntimeError(f"{name} fail as it is: {(folder / 'output.txt').read_text()}")
+        took[name] = time.monotonic() - trial.start
+    return 60 + 5 * took[name]
 
 
 def main() -> int:
@@ -126,21 +137,35 @@ def main() -> int:
     torch.set_num_threads(1)
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {"took": {}, "ends": {}}
     chosen, stop = sample(arguments.count, arguments.seed), time.monotonic() + 60 * arguments.minutes
-    with TemporaryDirectory() as name, ThreadPoolExecutor(arguments.jobs) as pool:
-        copies = Queue()
-        for i in range(arguments.jobs):
-            copies.put(_copy(Path(name) / str(i)))
-
-        def try_one(key: str) -> None:
-            if key in kept["ends"] or time.monotonic() > stop:
-                return
-            folder, (file, change) = copies.get(), chosen[key]
-            kept["ends"][key] = _noticed(folder, file, change, kept["took"])
-            copies.put(folder)
-
-        for _ in tqdm(pool.map(try_one, chosen), "mutants", len(chosen)):
-            KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False))
+    with TemporaryDirectory() as name:
+        copies = [_copy(Path(name) / str(i)) for i in range(arguments.jobs)]
+        left = [key for key in chosen if key not in kept["ends"]]
+        try_all(left, chosen, copies, kept, stop)
     return report(chosen, kept["ends"])
+
+
+def try_all(
+    left: list[str], chosen: dict[str, tuple[str, Change]], copies: list[Path], kept: dict, stop: float
+) -> None:
+    """So many mutants at a time as there are copies. What is known is kept after each."""
+    running: dict[str, Trial] = {}
+    with tqdm(total=len(left), desc="mutants") as bar:
+        while running or (left and time.monotonic() < stop):
+            while left and copies and time.monotonic() < stop:
+                key, folder = left.pop(0), copies.pop()
+                file, change = chosen[key]
+                limit = limit_of(folder, file, kept["took"])
+                (folder / "jqlib" / file).write_text(change.source)
+                running[key] = Trial(folder, tests_of(file), limit)
+            for key, end in [(key, trial.ended()) for key, trial in running.items()]:
+                if end:
+                    folder, file = running.pop(key).folder, chosen[key][0]
+                    shutil.copy(ROOT / "jqlib" / file, folder / "jqlib" / file)
+                    copies.append(folder)
+                    kept["ends"][key] = end
+                    KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False))
+                    bar.update()
+            time.sleep(0.05)
 
 
 def report(chosen: dict[str, tuple[str, Change]], ends: dict[str, str]) -> int:
@@ -151,8 +176,9 @@ def report(chosen: dict[str, tuple[str, Change]], ends: dict[str, str]) -> int:
         print(f"survived, line {chosen[key][1].line}: {key}\n    {judged.get(key, 'NOT JUDGED')}")
     if tried:
         share = 1 - len(survived) / len(tried)
-        print(f"{len(tried)} mutants of {len(chosen)}: {share:.0%} noticed, {len(survived)} survived, "
-              f"{sum(key not in judged for key in survived)} of them not judged")  # fmt: skip
+        endless = sum(ends[key] == "endless" for key in tried)
+        print(f"{len(tried)} mutants of {len(chosen)}: {share:.0%} noticed ({endless} of them by their time), "
+              f"{len(survived)} survived, {sum(key not in judged for key in survived)} of them not judged")  # fmt: skip
     return any(key not in judged for key in survived)
 
 
