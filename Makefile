@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 NOTEBOOKS = notebooks
 
-.PHONY: workbook test test-browser bench faults mutants study lab report
+.PHONY: workbook test test-browser bench faults fuzz mutants study lab report
 
 workbook: .venv/made
 	$(BIN)/python -m jqlib run -f runs/smollm2-135m.yaml
@@ -33,6 +33,10 @@ bench: .venv/made
 faults: .venv/made
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/faults.py
+
+# run files, flags, GGUF headers and results files as nobody should write them. EXAMPLES=2000: more than 300 of each kind
+fuzz: .venv/made
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/fuzz/fuzz.py
 
 # changes the numerical core in 200 small places, one at a time: do its tests notice? Goes on where it stopped
 mutants: .venv/made

@@ -71,7 +71,7 @@ class Artifact:
         if (found := self._reused()) is not None:
             return found
         inputs = [artifact.get() for artifact in self.inputs]
-        with self._lock():
+        with alone(self.path.with_name(f".{self.path.name}.lock"), f"making {self.path.name}"):
             return self._reused() or self._made(inputs)
 
     def _reused(self) -> Made | None:
@@ -105,14 +105,16 @@ class Artifact:
         unfinished.unlink(missing_ok=True)
         return tensors, values | {"reused": False}
 
-    def _lock(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
-        try:
-            return lock.acquire(timeout=1)
-        except Timeout:
-            print(f"another process is making {self.path.name}: waiting for it", flush=True)
-            return lock.acquire()
+
+def alone(path: Path, doing: str):
+    """A lock in this file, which one process at a time holds; what another is ``doing`` is said and waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=1)
+    except Timeout:
+        print(f"another process is {doing}: waiting for it", flush=True)
+        return lock.acquire()
 
 
 def read(path: Path) -> Made | None:
@@ -170,7 +172,7 @@ def save_results(config: Config, notebook: str, metrics: dict) -> Path:
     path = config.folder / "results" / f"{notebook}.json"
     if changed := differences(path, config):
         print(f"replaces results made with {', '.join(changed)}; another --output_dir keeps both")
-    write_json(path, {
+    content = {
         "notebook": notebook,
         "config": asdict(config),
         "seed": config.seed,
@@ -178,8 +180,25 @@ def save_results(config: Config, notebook: str, metrics: dict) -> Path:
         "git_commit": git_commit(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         **json.loads(json.dumps(metrics, default=float), parse_constant=lambda _: None),  # JSON knows no NaN
-    })  # fmt: skip
+    }
+    write_json(path, content | {"sha256": _digest({}, json.dumps(content))})
     return path
+
+
+def read_results(path: Path) -> dict:
+    """What `save_results` wrote. ValueError if it is damaged, was changed by hand, or is another kind of file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["config"], dict):
+            raise TypeError("its config is none")
+        if not all(isinstance(row, dict) for row in content.get("rows", [])):
+            raise TypeError("its rows are none")
+        digest = content.pop("sha256", None)  # none before there was one
+        if digest is not None and digest != _digest({}, json.dumps(content)):
+            raise ValueError("it does not have the SHA-256 that it was written with")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no results file as a notebook leaves it: {error}") from error
+    return content
 
 
 def differences(path: Path, config: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -19,6 +20,7 @@ from jqlib.model.data import Windows
 from jqlib.model.evaluate import evaluate_windows
 from jqlib.model.load import get_model, get_tokenizer
 from jqlib.model.text import load_articles
+from jqlib.store import save_results
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 LINE = "All happy families are alike; every unhappy family is unhappy in its own way. "
@@ -72,6 +74,8 @@ WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json
     (CONFIG, lambda p: change(p, vocab_size=100), "other shapes than its config says: model.embed_tokens.weight"),
     (CONFIG, lambda p: change(p, intermediate_size=64), "other shapes than its config says"),
     (CONFIG, lambda p: change(p, num_hidden_layers=9), "weights that its config needs are not in its files"),
+    (CONFIG, lambda p: change(p, num_attention_heads=5), "hidden size .48. is not a multiple of the number of"),
+    (CONFIG, lambda p: change(p, hidden_size="48"), "can't be read by transformers: .*hidden_size"),
     (CONFIG, lambda p: p.unlink(), "has no config.json"),
     (WEIGHTS, lambda p: p.unlink(), "no file named model.safetensors|has no weights"),
     (WEIGHTS, lambda p: save_file(load_file(p) | {"stray": torch.ones(1)}, p, {"format": "pt"}), "not used by its"),
@@ -159,6 +163,12 @@ def test_a_folder_is_its_own_and_not_a_pattern(tmp_path):
     ("seed: 0x10", "seed: 0x10 is 16 in YAML"),
     ("nsamples: 1:30", "nsamples: 1:30 is 90 in YAML"),
     ("nsamples: 1_000", "nsamples: 1_000 is 1000 in YAML"),
+    ("r1_lr: 1:30.5", "r1_lr: 1:30.5 is 90.5 in YAML"),
+    ("smooth_alpha: 0_0.5", "smooth_alpha: 0_0.5 is 0.5 in YAML"),
+    ("model: !here a", "is not YAML: could not determine a constructor"),
+    ("model: 2001-99-99", "is not YAML: month must be in"),
+    ("? [a]\n: b", "is not YAML: while constructing a mapping"),
+    ("model: " + "[" * 3000, "is not YAML: it is nested too deeply|is not YAML: maximum recursion"),
     ("", "does not hold parameters"),
     ("# only a remark", "does not hold parameters"),
     ("smollm2-135m", "does not hold parameters"),
@@ -172,6 +182,24 @@ def test_run_files(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_run_file(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    ('"ppl": 9.5', '"ppl": 8.5', "it does not have the SHA-256 that it was written with"),
+    ('"seed": 0', '"seed": 1', "it does not have the SHA-256"), ("{", "", "Expecting|Extra data"),
+    ('"config": {', '"config": 1, "x": {', "its config is none"), ('"rows": [', '"rows": [1,', "its rows are none"),
+])  # fmt: skip
+def test_results_that_were_changed(tmp_path, capsys, old, new, message):
+    config = make_config({"model": "smollm2-135m", "profile": "quick", "output_dir": str(tmp_path)})
+    path = save_results(config, "05_w4a4_eval", {"rows": [{"ppl": 9.5}]})
+    assert main(["report", str(tmp_path)]) == 0
+    path.write_text(path.read_text().replace(old, new, 1))
+    for words in (["report", str(tmp_path)], ["repeat", str(path)]):
+        capsys.readouterr()
+        assert main(words) == 2
+        told = capsys.readouterr().err
+        assert str(path) in told
+        assert re.search(message, told)
 
 
 @pytest.mark.parametrize(("values", "message"), [

@@ -1,14 +1,13 @@
 """A result made once more from its own record, and held against it."""
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from jqlib.config import make_config
-from jqlib.lab.run import run
-from jqlib.store import git_commit, versions
+from jqlib.lab.run import run, select_notebooks
+from jqlib.store import git_commit, read_results, versions
 
 MEASURED = ("second", "bytes", "minutes", "took", "speed", "reused", "written", "engine")  # another each time
 
@@ -20,15 +19,17 @@ def repeat(path: Path) -> tuple[bool, str]:
     ValueError for a file that is no result, or if the notebook fails.
     """
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_results(path)
         config, notebook = make_config(before["config"]), before["notebook"]
+        if notebook not in {path.stem for path in select_notebooks(None)}:
+            raise ValueError(f"there is no notebook {notebook}")
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no result of a notebook, such as results/05_w4a4_eval.json: {error}") from error
     with TemporaryDirectory() as folder:
         if run(before["config"] | {"output_dir": folder}, notebook[:2]):
             raise ValueError(f"{notebook} failed: it can't be compared")
         (found,) = Path(folder).glob(f"*/results/{notebook}.json")
-        after = json.loads(found.read_text(encoding="utf-8"))
+        after = read_results(found)
     here = {"git_commit": git_commit(), "versions": versions()}
     said = [f"{name} {before.get(name)}, now {value}" for name, value in here.items() if before.get(name) != value]
     old, new = (dict(_numbers(result)) for result in (before, after))

@@ -1,13 +1,12 @@
 """Notebook 05's rows of every model and every run of a sweep, side by side: text, CSV, LaTeX, one HTML page."""
 
 import base64
-import json
 from pathlib import Path
 
 import pandas as pd
 
 from jqlib.config import KINDS
-from jqlib.store import write
+from jqlib.store import read_results, write
 
 RESULTS = "05_w4a4_eval.json"
 COLUMNS = ["method", "weights", "w_bits", "a_bits", "kv_bits", "ppl", "ppl_low", "ppl_high", "kl", "kl_low", "kl_high",
@@ -31,6 +30,7 @@ def report(output_dir: Path) -> pd.DataFrame:
     """The table of all ``results/05_w4a4_eval.json`` below a folder; written there as ``report.csv``, .tex and .html.
 
     A row has the model, the run (its folder below ``output_dir``), and each parameter in which the runs differ.
+    ValueError for a results file that is damaged.
     """
     table = side_by_side(output_dir)
     if table.empty:
@@ -48,9 +48,7 @@ def report(output_dir: Path) -> pd.DataFrame:
 
 def side_by_side(output_dir: Path) -> pd.DataFrame:
     """The table of `report`, empty where notebook 05 has left nothing below the folder."""
-    return _table(
-        {file.parents[1].relative_to(output_dir): json.loads(file.read_text()) for file in _files(output_dir)}
-    )
+    return _table({file.parents[1].relative_to(output_dir): read_results(file) for file in _files(output_dir)})
 
 
 def _files(output_dir: Path) -> list[Path]:
@@ -59,14 +57,14 @@ def _files(output_dir: Path) -> list[Path]:
 
 def _table(results: dict[Path, dict]) -> pd.DataFrame:
     """``<run>/<model>`` -> what notebook 05 saved there; the table of all their rows."""
-    configs = [result.get("config", {}) for result in results.values()]
+    configs = [result["config"] for result in results.values()]
     candidates = [name for name in KINDS if name not in ("model", "output_dir", *COLUMNS)]
     changed = [name for name in candidates if len({str(config.get(name)) for config in configs}) > 1]
     rows = []
     for folder, result in results.items():
         about = {"model": folder.name, "run": "" if folder.parent == Path() else folder.parent.as_posix()}
-        about |= {name: result.get("config", {}).get(name) for name in changed}
-        rows += [about | {column: row.get(column) for column in COLUMNS} for row in result["rows"]]
+        about |= {name: result["config"].get(name) for name in changed}
+        rows += [about | {column: row.get(column) for column in COLUMNS} for row in result.get("rows", [])]
     return pd.DataFrame(rows)
 
 

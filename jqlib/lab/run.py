@@ -12,15 +12,17 @@ import yaml
 
 from jqlib.config import KINDS, NOTEBOOKS, Config, make_config
 from jqlib.lab.checks import check_inputs, check_kernel
+from jqlib.store import alone
 
+PLAIN = {"int": r"-?(0|[1-9]\d*)", "float": r"[-+.\deE]+|[-+]?\.inf|\.nan"}  # YAML also has 010, 1:30 and 1_000
 PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
 
 
 def run(parameters: dict, only: str | None = None) -> int:
-    """Execute the notebooks with these parameters (None: not given); outputs land in the config's folder."""
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
+    """Execute the notebooks with these parameters (None: not given); outputs land in the config's folder.
 
+    Another run that is at the same notebook in the same folder is waited for: neither replaces the other's in silence.
+    """
     parameters = with_absolute_paths(parameters)
     config = make_config(parameters)
     notebooks = select_notebooks(only)
@@ -28,34 +30,42 @@ def run(parameters: dict, only: str | None = None) -> int:
     check_inputs(config)
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")
     check_kernel()
-    config.folder.mkdir(parents=True, exist_ok=True)
     given = {"profile": config.profile, "model": config.model} | parameters
-    executed = []
     for path in notebooks:
-        print(f"{path.stem} -> {config.folder / path.name}", flush=True)
-        _say_what_is_replaced(config, path.stem, declared[path])
-        there, start = set(config.folder.glob("artifacts/*")), time.time()
-        try:
-            papermill.execute_notebook(
-                _plain(path), _plain(config.folder / path.name),
-                {k: v for k, v in given.items() if k in declared[path]},
-                kernel_name="python3", cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(), start_timeout=600,
-                extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each warns that local TCP is not encrypted
-            )  # fmt: skip
-        except PapermillExecutionError as error:
-            print(f"error: {path.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
-            print(f"The notebook as far as it came: {config.folder / path.name}", file=sys.stderr)
-            return 1
-        except RuntimeError as error:  # nbclient's and jupyter_client's, where the kernel's process is gone
-            if "Kernel died" not in str(error):
-                raise
-            print(f"error: {path.stem}: its kernel died: it was killed, or memory ran out", file=sys.stderr)
-            return 3
-        reused = sum(file.exists() and file.stat().st_mtime >= start for file in there)  # reusing one touches it
-        print(f"{path.stem} took {time.time() - start:.0f} s, {reused} artifacts reused", flush=True)
-        executed.append(config.folder / path.name)
-    write_html(executed, config.folder / "report.html")
+        with alone(config.folder / f".{path.stem}.lock", f"at {path.stem} in {config.folder}"):
+            print(f"{path.stem} -> {config.folder / path.name}", flush=True)
+            _say_what_is_replaced(config, path.stem, declared[path])
+            code = _execute(path, config.folder, {k: v for k, v in given.items() if k in declared[path]})
+        if code:
+            return code
+    write_html([config.folder / path.name for path in notebooks], config.folder / "report.html")
     print(f"report: {config.folder / 'report.html'}")
+    return 0
+
+
+def _execute(path: Path, folder: Path, parameters: dict) -> int:
+    """Run a notebook, its executed copy going to the folder; 1 if a cell failed, 3 if its kernel died."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    there, start = set(folder.glob("artifacts/*")), time.time()
+    try:
+        papermill.execute_notebook(
+            _plain(path), _plain(folder / path.name), parameters, kernel_name="python3", cwd=NOTEBOOKS,
+            progress_bar=sys.stderr.isatty(), start_timeout=600,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else each warns that local TCP is not encrypted
+        )  # fmt: skip
+    except PapermillExecutionError as error:
+        print(f"error: {path.stem}: {error.ename}: {error.evalue}", file=sys.stderr)
+        print(f"The notebook as far as it came: {folder / path.name}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:  # nbclient's and jupyter_client's, where the kernel's process is gone
+        if "Kernel died" not in str(error):
+            raise
+        print(f"error: {path.stem}: its kernel died: it was killed, or memory ran out", file=sys.stderr)
+        return 3
+    reused = sum(file.exists() and file.stat().st_mtime >= start for file in there)  # reusing one touches it
+    print(f"{path.stem} took {time.time() - start:.0f} s, {reused} artifacts reused", flush=True)
     return 0
 
 
@@ -126,18 +136,20 @@ def read_run_file(path: Path | None) -> dict:
         raise FileNotFoundError(f"run file {path} {problem}")
     try:
         root = yaml.compose(text := path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"run file {path} is not YAML: {error}") from error
+        parameters = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"run file {path} is not YAML: {str(error) or 'it is nested too deeply'}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"run file {path} does not hold parameters: expected lines such as 'model: smollm2-135m'")
     names = [name.value for name, _ in root.value]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"run file {path} has {twice[0]} twice: which is meant?")
     for name, value in root.value:
-        if value.tag.endswith(":int") and not re.fullmatch(r"-?(0|[1-9]\d*)", value.value):
+        plain = PLAIN.get(value.tag.rpartition(":")[2])
+        if plain and not re.fullmatch(plain, value.value):
             raise ValueError(f"run file {path}: {name.value}: {value.value} is {yaml.safe_load(value.value)} in YAML: "
                              "write the number that is meant")  # fmt: skip
-    return yaml.safe_load(text)
+    return parameters
 
 
 def write_html(notebooks: list[Path], to: Path) -> None:

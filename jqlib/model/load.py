@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
@@ -16,6 +17,8 @@ from jqlib.model.files import check_files
 from jqlib.model.gguf_file import check_gguf, check_tensors, check_tokenizer
 from jqlib.model.stream import files_of, open_model
 
+# what transformers may raise where a config or a GGUF file is no good
+UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error, StrictDataclassError)
 FLOAT32_UP_TO = 2e9  # parameters; a larger model is loaded as its checkpoint has it, unless told otherwise
 
 
@@ -142,7 +145,7 @@ def _load(auto, name: str, source: dict, **kwargs):
             f"in with `hf auth login`; offline, give a local folder, a .gguf file or {embedded.MODEL!r}. "
             f"The hub said: {error}"
         ) from error
-    except (ValueError, struct.error) as error:
+    except UNREADABLE as error:
         if "gguf_file" not in source:
             raise ValueError(f"{name} can't be read by transformers: {error}") from error
         raise ValueError(f"{name} can't be read, is it damaged or incomplete? The reader said: {error}") from error
