@@ -84,6 +84,7 @@ def differences(panels: Mapping[str, Mapping[str, Sequence[float]]], base: str) 
             axis.axvline(0, color="k", ls="--", lw=1)
             axis.set(xlabel=xlabel, yticks=range(rows), yticklabels=list(found), ylim=(rows - 0.5, -0.6))
             axis.margins(x=0.15)
+            axis.xaxis.set_major_locator(MaxNLocator(5))
         axes[0, 0].set_ylabel(f"against {base}")
         return figure
 
