@@ -44,6 +44,7 @@ mutants: .venv/made
 
 # figures/study.json: hours; goes on where it stopped. MINUTES=140: begins no row after them
 study: .venv/made
+	$(BIN)/python -c "import lm_eval" 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[lm-eval]"
 	$(BIN)/python -m jqlib study $(if $(MINUTES),--minutes $(MINUTES))
 
 # figures/pages: the last `make workbook` as pages that can be read on a web site of the repository

@@ -128,7 +128,8 @@ def _save_random(config: Config, layers: int, to: Path) -> None:
     for name, values in by_layer(shape).items():
         setattr(shape, name, values[:layers])
     shape.num_hidden_layers = layers
-    AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype)).save_pretrained(to)
+    stored = shape.dtype or torch.float32  # as its checkpoint is: reading it takes memory too
+    AutoModelForCausalLM.from_config(shape, dtype=stored).save_pretrained(to)
     get_tokenizer(config.model).save_pretrained(to)
 
 
