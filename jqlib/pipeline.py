@@ -31,14 +31,13 @@ from jqlib.inputs import (
     steps_of,
     text_for,
 )
-from jqlib.learn.activations import Moments, collect_activations
 from jqlib.learn.layerwise import round_layer_by_layer
 from jqlib.learn.lessons import Lessons, cut
 from jqlib.learn.tune import tune
 from jqlib.model import questions
 from jqlib.model.answers import answers, find_task, lm_eval_version
 from jqlib.model.evaluate import Reference, evaluate_windows, last_hidden
-from jqlib.model.families import linears_of, rotated_sizes, site_targets
+from jqlib.model.families import linears_of, rotated_sizes
 from jqlib.model.load import get_tokenizer, load_config
 from jqlib.precision import products_dtype
 from jqlib.quant.kv_cache import quantize_kv_cache
@@ -54,7 +53,7 @@ from jqlib.transform.install import online_operations
 from jqlib.transform.transform import Grid, unpacked
 
 __all__ = [
-    "activations", "dtype_of", "evaluate", "evaluation_windows", "kurtosis_of", "load_calibration", "load_model",
+    "activations", "dtype_of", "evaluate", "evaluation_windows", "load_calibration", "load_model",
     "protocol", "r1", "r2", "recipe_of", "smooth_scales", "transformed", "transforms",
 ]  # fmt: skip
 
@@ -231,23 +230,6 @@ def fp_hidden_step(config: Config) -> Artifact:
         return {"hidden": hidden, "head": model.get_output_embeddings().weight.detach()}, {}
 
     return artifact_of(fp_hidden_step, config, (*MODEL, *WINDOWS), make)
-
-
-def kurtosis_step(config: Config, recipe: Recipe | None) -> Artifact:
-    def make(s, *found: Made) -> Made:
-        model = _built(s, *found)[0] if recipe else load_model(s)
-        moments: dict[str, Moments] = {}
-        windows = load_calibration(s)[:2]  # moments settle fast: thousands of tokens times hundreds of channels
-        collect_activations(model, windows, site_targets(model), s.device, 1, raw=True, moments=moments)
-        return {}, {"kurtosis": {name: m.kurtosis for name, m in moments.items()}}
-
-    inputs = [transforms_step(config, recipe)] if recipe else []
-    return artifact_of(kurtosis_step, config, (*MODEL, *TEXT), make, *inputs)
-
-
-def kurtosis_of(config: Config, recipe: Recipe | None) -> dict[str, float]:
-    """Of what each site reads under a recipe (None: in the model as it is): ``{site: kurtosis}``."""
-    return kurtosis_step(settled(config, recipe), recipe).get()[1]["kurtosis"]
 
 
 def protocol(config: Config) -> dict:

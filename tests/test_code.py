@@ -10,7 +10,7 @@ import jqlib
 from jqlib import code
 from jqlib.calibration import activations_step, r1_output_step, r1_step, r2_step, smooth_step, transforms_step
 from jqlib.code import code_of, imported
-from jqlib.pipeline import evaluation_step, fp_hidden_step, kurtosis_step, tuned_step, weights_step
+from jqlib.pipeline import evaluation_step, fp_hidden_step, tuned_step, weights_step
 
 STEPS = '''"""A module of steps."""
 from jqlib.made_up_tools import tool
@@ -106,7 +106,7 @@ def test_modules_are_found_through_others():
 
 
 STEPS_OF_A_RUN = (activations_step, r1_step, r1_output_step, r2_step, smooth_step, transforms_step, weights_step,
-                  tuned_step, evaluation_step, fp_hidden_step, kurtosis_step)  # fmt: skip
+                  tuned_step, evaluation_step, fp_hidden_step)  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "whose"), [

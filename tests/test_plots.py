@@ -1,11 +1,9 @@
 """Figures arrive where they are looked at, and show what they are given."""
 
 import nbformat
-import pandas as pd
-import pytest
 from nbclient import NotebookClient
 
-from jqlib.lab import diagram, plots
+from jqlib.lab import diagram
 
 
 def test_a_notebook_shows_every_figure():
@@ -16,12 +14,6 @@ def test_a_notebook_shows_every_figure():
     shown = [[output.data.keys() for output in cell.outputs if "data" in output] for cell in notebook.cells]
     assert [len(outputs) for outputs in shown] == [0, 1, 1, 1]
     assert all("image/png" in outputs[0] for outputs in shown[1:])
-
-
-@pytest.mark.parametrize("size", [0.0, 1e-9, 1.0])
-def test_errors_of_any_size_have_a_colour(size):
-    """At 12 bits and more they are below 1e-6."""
-    plots.heatmaps({"a": pd.DataFrame([[size, size / 2]]), "b": pd.DataFrame([[size, 0.0]])}, "error")
 
 
 def test_the_diagram_undoes_what_it_turns():

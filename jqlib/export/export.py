@@ -61,6 +61,8 @@ def export(
         about |= {"bits_per_weight": bits_per_weight(folder, without_weights(config.model))}
         write_json(folder / ABOUT, about | {"versions": versions(), "git_commit": git_commit()})
         (folder / "README.md").write_text(card(config, recipe, form, rows, about["bits_per_weight"]), encoding="utf-8")
+        for file in (path for path in folder.rglob("*") if path.is_file()):
+            file.chmod(folder.stat().st_mode & 0o666)  # the writer of safetensors lets nobody else read them
         if to.exists():
             shutil.rmtree(to)
         os.replace(folder, to)

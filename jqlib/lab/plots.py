@@ -4,28 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from jqlib.lab.style import colour_of, styled
-
-
-def heatmaps(tables: Mapping[str, pd.DataFrame], bar: str, rows: str = "layer") -> Figure:
-    """Tables side by side (rows down, columns across) on one logarithmic colour scale, which ``bar`` names."""
-    high = max(float(t.to_numpy().max()) for t in tables.values()) or 1.0
-    low = max(min(float(t.to_numpy().min()) for t in tables.values()), 1e-6 * high)
-    with styled():
-        figure, axes = plt.subplots(1, len(tables), figsize=(3.2 * len(tables) + 1, 5), sharey=True, squeeze=False)
-        for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
-            image = axis.imshow(table, aspect="auto", norm=LogNorm(low, high))
-            axis.set(title=title, xticks=range(table.shape[1]), xticklabels=table.columns, xlabel=table.columns.name)
-            axis.yaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.grid(False)
-        axes[0, 0].set_ylabel(rows)
-        figure.colorbar(image, ax=axes, label=bar)
-        return figure
 
 
 def surfaces(tables: Mapping[str, np.ndarray], tokens: int = 96) -> Figure:
@@ -106,20 +88,8 @@ def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str, log: bool = Tr
         return figure
 
 
-def convergence(histories: Mapping[str, list[dict]], ylabel: str) -> Figure:
-    """Loss against seconds since the call, log time axis, one line a method."""
-    with styled():
-        figure, axis = plt.subplots(figsize=(7.5, 4))
-        for name, history in histories.items():
-            seconds = [max(h["seconds"], 0.02) for h in history]
-            axis.semilogx(seconds, [h["loss"] for h in history], label=name, color=colour_of(name), marker="o", ms=2.5)
-        axis.set(xlabel="seconds since the call (log)", ylabel=ylabel)
-        axis.legend()
-        return figure
-
-
 def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
-    """As `convergence`, for several seeds a method: the median, and a band from the lowest to the highest."""
+    """Loss against seconds since the call, log axis, of several seeds: a method's median, and a band of all."""
     with styled():
         figure, axis = plt.subplots(figsize=(7.5, 4))
         for name, runs in curves.items():
@@ -130,32 +100,6 @@ def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
             axis.fill_between(grid, np.min(lines, 0), np.max(lines, 0), alpha=0.25, color=colour_of(name))
         axis.set(xlabel="seconds since the call (log)", ylabel=ylabel)
         figure.legend(loc="outside lower center", ncol=2)
-        return figure
-
-
-def intervals(table: pd.DataFrame, label: str, groups: str, xlabel: str, line: float, line_name: str = "FP") -> Figure:
-    """``ppl`` with [``ppl_low``, ``ppl_high``], one row per ``label``, one colour per ``groups``; a dashed line."""
-    names = list(dict.fromkeys(table[label]))
-    kinds = list(dict.fromkeys(table[groups]))
-    apart = 0.22 if table[label].duplicated().any() else 0
-    with styled():
-        figure, axis = plt.subplots(figsize=(8, 0.55 + 0.42 * len(names) + 0.3 * len(kinds)))
-        for i, (kind, rows) in enumerate((k, table[table[groups] == k]) for k in kinds):
-            y = np.array([names.index(n) for n in rows[label]]) + apart * (i - (len(kinds) - 1) / 2)
-            error = [rows.ppl - rows.ppl_low.astype(float), rows.ppl_high.astype(float) - rows.ppl]
-            axis.errorbar(rows.ppl, y, xerr=error, fmt="o", capsize=3, label=kind)
-        axis.axvline(line, color="k", ls="--", lw=1)
-        axis.text(line, -0.75, f" {line_name}", va="center")
-        axis.set(
-            xscale="log",
-            xlabel=xlabel,
-            yticks=range(len(names)),
-            yticklabels=names,
-            ylabel=label,
-            ylim=(len(names) - 0.4, -1),
-        )
-        _plain_decades(axis.xaxis)
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncol=min(len(kinds), 4))
         return figure
 
 

@@ -41,6 +41,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         save_file({k: t.cpu().clone() for k, t in tensors.items()}, temporary, {"jointquant": json.dumps(about)})
+        temporary.chmod(temporary.parent.stat().st_mode & 0o666)  # its writer lets nobody else read it
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
