@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -13,6 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from jqlib import get_model, get_tokenizer
 
 VOCABULARY = 128
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from jqlib.transform.hadamard import random_hadamard
 
 @pytest.fixture
 def ingredients():
-    x = torch.randn(2, 3, 50, 16)
+    G = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 50, 16, generator=G)
     x[..., 5] *= 20
     acts = {site: dict(enumerate(layers)) for site, layers in zip(("qkv", "ug"), x, strict=True)}
-    acts["down"] = dict(enumerate(torch.randn(3, 50, 32)))
+    acts["down"] = dict(enumerate(torch.randn(3, 50, 32, generator=G)))
     narrow, wide = random_hadamard(16, 0), random_hadamard(32, 0)
     return acts, {"none": None, "Hadamard": narrow, "wide": wide}, [f"word{i}" for i in range(50)]
 
