@@ -33,7 +33,9 @@ def run(tmp_path, monkeypatch):
     nbformat.write(notebook, sources / "01_one.ipynb")
     plain.outputs = [
         new_output("stream", name="stderr", text="rotation: 2step"),
-        new_output("stream", text="reusing r1 (r1-1.safetensors, made in 3.4 s)\na number: 7\n"),
+        new_output(
+            "stream", text=f"reusing r1 (r1-1.safetensors, made in 3.4 s)\na number: 7\n{folder}/results/01_one.json\n"
+        ),
         new_output("display_data", {"text/html": TABLE, "text/plain": "a table"}),
         new_output("display_data", {"image/png": base64.b64encode(b"a picture").decode()}),
         new_output("display_data", {"text/html": f'<img alt="film" src="data:image/gif;base64,{GIF}">'}),
@@ -53,9 +55,24 @@ def test_a_page_is_what_there_is_to_read(run, tmp_path):
     assert (
         "# 01 · A title\n\n*Executed on 2026-01-02: model `x`, profile `quick`, commit `abcdef1` with changes." in text
     )
-    for shown in ("**Why?**", "a number: 7", "<td>957.5</td>", "<summary>code</summary>\n\n```python\nprint(1)\n```"):
+    for shown in (
+        "**Why?**",
+        "a number: 7\n    run/results/01_one.json",
+        "<td>957.5</td>",
+        "<summary>code</summary>\n\n```python\nprint(1)\n```",
+    ):
         assert shown in text
-    for hidden in ("2step", "reusing", "profile = 'quick'", "model: str", "<style", "T_1", "base64", "a table"):
+    for hidden in (
+        "2step",
+        "reusing",
+        "profile = 'quick'",
+        "model: str",
+        "<style",
+        "T_1",
+        "base64",
+        "a table",
+        str(tmp_path),
+    ):
         assert hidden not in text
     assert {file.name: file.read_bytes() for file in (to / "01_one_files").iterdir()} == {
         "film_0.gif": b"a film", "figure_1_2.png": b"a picture",

@@ -33,7 +33,7 @@ def pages(folder: Path, to: Path = PAGES) -> str:
     for path in executed:
         notebook = nbformat.read(path, as_version=4)
         titles[path.stem] = re.search(r"^# (.*)", notebook.cells[0].source, re.MULTILINE)[1]
-        _page(notebook, _record(folder, path.stem), made / f"{path.stem}.md")
+        _page(notebook, _record(folder, path.stem), made / f"{path.stem}.md", f"{folder.resolve().parent}/")
     lines = [f"* [{title}]({stem}.md)" for stem, title in titles.items()]
     text = "# The workbook, executed\n\n" + "\n".join(lines) + "\n"
     write(made / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -80,7 +80,8 @@ def _record(folder: Path, stem: str) -> str:
             f"`make pages` from `notebooks/{stem}.ipynb`; [all pages](README.md).*")  # fmt: skip
 
 
-def _page(notebook, record: str, to: Path) -> None:
+def _page(notebook, record: str, to: Path, where: str) -> None:
+    """``where``: the path of one machine's, left out of the page."""
     from nbconvert import MarkdownExporter
 
     mark = _mark(notebook)
@@ -92,7 +93,7 @@ def _page(notebook, record: str, to: Path) -> None:
     body, made = MarkdownExporter().from_notebook_node(notebook, resources)
     head, rest = body.split("\n# ", 1) if "\n# " in body else ("", body.removeprefix("# "))
     title, rest = rest.split("\n", 1)
-    text = f"{mark}\n{head}\n# {title}\n\n{record}\n{_folded(rest)}"
+    text = f"{mark}\n{head}\n# {title}\n\n{record}\n{_folded(rest)}".replace(where, "")
     for i, data in enumerate(FILM.findall(text)):  # a host of Markdown shows no picture that is written into the page
         made["outputs"][name := f"{to.stem}_files/film_{i}.gif"] = base64.b64decode(data)
         text = text.replace(f"data:image/gif;base64,{data}", name)
