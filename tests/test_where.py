@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from jqlib import quantize_model
-from jqlib.lab.where import attention, on_the_first, one_at_a_time, passage
+from jqlib.lab.sink import attention_of, on_the_first
+from jqlib.lab.where import one_at_a_time, passage
 from jqlib.model.evaluate import read_window
 from jqlib.model.families import sites_of
 from jqlib.transform.grids import OFF
@@ -50,7 +51,7 @@ def test_one_site_at_a_time_costs_what_that_site_costs(tiny_model, tokens):
 def test_attention_is_everyones_and_leaves_the_model_as_it_was(tiny_model, tokens):
     model, window = tiny_model(), tokens(1, 24)[0]
     usual = model.config._attn_implementation
-    maps = attention(model, window)
+    maps = attention_of(model, window)
     assert model.config._attn_implementation == usual
     assert maps.shape == (2, 6, 24, 24)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 6, 24))

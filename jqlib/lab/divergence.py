@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from jqlib.learn.fisher import cost, inputs_and_gradients
+from jqlib.learn.refine import simulated
 from jqlib.model.evaluate import Reference, last_hidden, read_window
 from jqlib.model.families import attentions_of, sites_of
 from jqlib.model.walk import removing
 from jqlib.quant.kv_cache import quantize_kv_cache
 from jqlib.transform.grids import OFF, rounding_error
-from jqlib.transform.install import install
 from jqlib.transform.transform import Transform
 
 
@@ -30,29 +30,13 @@ def divergence(model: nn.Module, windows: Tensor, reference: Reference) -> float
     return sum(found) / len(found)
 
 
-class Simulated(nn.Module):
-    """A `Transform` in a model that it was not merged into: turned, rounded and turned back."""
-
-    def __init__(self, transform: Transform):
-        super().__init__()
-        self.transform = transform
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.transform.simulate(x)
-
-
 def measured(model: nn.Module, transforms: Mapping[str, Transform], windows: Tensor, reference: Reference) -> float:
     """KL (nats per token) when what these sites read is rounded behind their transforms, and nothing else.
 
     ``model``: as it was loaded, and so it is again afterwards.
     """
-    places = sites_of(model)
-    simulated = {name: Simulated(transform).to(model.device) for name, transform in transforms.items()}
-    with removing([install(model, places[name], module) for name, module in simulated.items()]):
-        found = divergence(model, windows, reference)
-    for name in transforms:
-        del places[name].host.transform
-    return found
+    with simulated(model, {name: transform.to(model.device) for name, transform in transforms.items()}):
+        return divergence(model, windows, reference)
 
 
 def predicted(

@@ -16,6 +16,7 @@ from torch import Tensor
 from jqlib.lab import tokens
 from jqlib.lab.geodesic import Geodesic
 from jqlib.lab.style import colour_of
+from jqlib.transform.grids import rounding_errors
 
 STEPS = 20  # of the slider from no rotation to the right side's
 HEIGHT = 640  # of the figure, pixels
@@ -88,7 +89,7 @@ class Choice:
     def seen(self, site: str, layer: int, name: str, t: float, bits: int) -> tuple[Tensor, Tensor]:
         """A site's tokens behind the share ``t`` of a rotation, (tokens, n), and the rounding error of each."""
         y = self.rotated(site, layer, name, t)
-        return y, tokens.errors(y, bits)
+        return y, rounding_errors(y, bits)
 
 
 class Explorer:

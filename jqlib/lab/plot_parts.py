@@ -9,9 +9,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import from_numpy
 
+from jqlib.lab.plots import plain_decades
 from jqlib.lab.style import colour_of, styled
 from jqlib.transform.grids import round_to_nearest
 
@@ -180,6 +181,4 @@ def _edge(sizes: Sequence[float], least: float = 0.0) -> float:
 def _plain(axis) -> None:
     """1, 2, 5, 10, … along a logarithmic axis, and more on a short one."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 5, 7)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
+    plain_decades(axis, (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 5, 7))

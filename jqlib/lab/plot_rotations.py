@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jqlib.lab.diagram import COLOURS
-from jqlib.lab.style import colour_of, styled
+from jqlib.lab.style import KINDS, colour_of, styled
 
 GAUSSIAN = 3  # its kurtosis
-SITES = {"qkv": "#0072B2", "ug": "#D55E00"}
 LOSSES = {"whip": colour_of("joint"), "range": colour_of("range"), "kurtosis": "#CC79A7"}
 STEPS = ("#000000", "#E69F00")
 
@@ -142,7 +141,7 @@ def site_costs(sites: pd.DataFrame, totals: pd.DataFrame) -> Figure:
     with styled():
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.6))
         for kind, of in sites.groupby("kind", sort=False):
-            left.plot(1e3 * of.predicted, 1e3 * of.measured, "o", ms=5, alpha=0.7, label=kind, color=SITES.get(kind))
+            left.plot(1e3 * of.predicted, 1e3 * of.measured, "o", ms=5, alpha=0.7, label=kind, color=KINDS[kind])
         left.set(title="one site rounded at a time", xlabel="predicted (thousandths of a nat per token)")
         left.set(ylabel="measured KL (thousandths of a nat per token)")
         for name, row in totals.iterrows():

@@ -83,7 +83,7 @@ def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str, log: bool = Tr
         axis.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log:
-            _plain_decades(axis.yaxis, (1, 2, 3, 5))
+            plain_decades(axis.yaxis, (1, 2, 3, 5))
         figure.legend(loc="outside lower center", ncol=2)
         return figure
 
@@ -103,7 +103,7 @@ def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
         return figure
 
 
-def _plain_decades(axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
+def plain_decades(axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
     """1, 2, 5, 10, … along a logarithmic axis."""
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter("{x:g}")

@@ -4,16 +4,21 @@ import torch
 from torch import Tensor, nn
 
 
-@torch.no_grad()
-def attention_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Each head's attention over a few tokens, ``ids`` (1, T): (layers, heads, T, T), float32; rows look at columns.
+@torch.inference_mode()
+def attention_of(model: nn.Module, window: Tensor) -> Tensor:
+    """Who looks at whom in one window (seqlen,): (layers, heads, seqlen, seqlen), float32; a row adds up to 1.
 
     Hugging Face's fast attention keeps no shares: its plain one computes these.
     """
     fast = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        shares = model(ids, output_attentions=True, use_cache=False).attentions
+        shares = model(window[None].to(model.device), output_attentions=True, use_cache=False).attentions
     finally:
         model.set_attn_implementation(fast)
-    return torch.stack([share[0].float().cpu() for share in shares])
+    return torch.cat(shares).float().cpu()
+
+
+def on_the_first(attention: Tensor) -> Tensor:
+    """What the tokens after the first give to it on average: (layers, heads)."""
+    return attention[..., 1:, 0].mean(-1)

@@ -9,9 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
-from jqlib.lab.style import colour_of, styled
-
-COLOURS = {"qkv": "#0072B2", "o": "#009E73", "ug": "#56B4E9", "down": "#D55E00"}
+from jqlib.lab.style import KINDS, colour_of, styled
 
 
 def outlier_lines(tables: Mapping[str, pd.DataFrame], gaussian: str) -> Figure:
@@ -21,7 +19,7 @@ def outlier_lines(tables: Mapping[str, pd.DataFrame], gaussian: str) -> Figure:
         figure, axes = plt.subplots(1, len(tables), figsize=(7.5, 4), squeeze=False)
         for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
             for kind in table:
-                axis.semilogy(table.index, table[kind], "o-", ms=3, lw=1.3, color=COLOURS[kind], label=kind)
+                axis.semilogy(table.index, table[kind], "o-", ms=3, lw=1.3, color=KINDS[kind], label=kind)
             for layer in table["down"].nlargest(2).index:
                 axis.annotate(f"layer {layer} ", (layer, table["down"][layer]), ha="right", va="center", fontsize=9)
             if name == gaussian:

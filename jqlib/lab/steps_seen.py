@@ -18,7 +18,7 @@ from jqlib.learn.tune import tune
 from jqlib.model.families import family_of, norms_of, sites_of
 from jqlib.model.walk import walk
 from jqlib.quant.gptq import gptq, hessians_of
-from jqlib.quant.packed import packed_codes, rounded_linears
+from jqlib.quant.packed import packed_codes, rounded_linears, scales_of
 from jqlib.recipes import Recipe
 from jqlib.transform.grids import quantize_weight
 from jqlib.transform.install import standing
@@ -99,7 +99,7 @@ def _energy(W: Tensor, H: Tensor) -> Tensor:
 
 
 def _scales(model: nn.Module) -> list[Tensor]:
-    return [linear.grid.scale for linear in rounded_linears(model).values()]
+    return [*scales_of(model).values()]
 
 
 def _gains(model: nn.Module) -> list[Tensor]:

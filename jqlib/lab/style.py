@@ -14,6 +14,8 @@ COLOURS = {  # mostly Okabe and Ito's, by how a method's name begins: of several
     "Hadamard online": "#1B3A57",
 }  # fmt: skip
 
+KINDS = {"qkv": "#0072B2", "o": "#009E73", "ug": "#56B4E9", "down": "#D55E00"}  # of site
+
 
 def styled():
     """A context in the workbook's style.

