@@ -12,7 +12,6 @@ from jqlib import store
 from jqlib.config import make_config
 from jqlib.lab import sites
 from jqlib.lab import tokens as figures
-from jqlib.lab.sink import attention_of
 from jqlib.transform.grids import quantize_activation
 from jqlib.transform.hadamard import random_hadamard
 
@@ -71,13 +70,3 @@ def test_errors_of_nothing_are_drawn():
     """At 16 bits nothing is rounded."""
     table = pd.DataFrame({"qkv": [0.0, 0.0]})
     sites.dumbbells(table, table, 1e-9, "error (%)").draw_without_rendering()
-
-
-def test_shares_of_attention(tiny_model, tokens):
-    model, ids = tiny_model(), tokens(1, 12)
-    before = model(ids).logits
-    shares = attention_of(model, ids[0])
-    assert shares.shape == (2, 6, 12, 12)
-    torch.testing.assert_close(shares.sum(-1), torch.ones(2, 6, 12))
-    assert not shares.triu(1).any()
-    assert torch.equal(model(ids).logits, before)  # the fast attention is back

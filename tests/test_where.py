@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from jqlib import quantize_model
-from jqlib.lab.sink import attention_of, on_the_first
 from jqlib.lab.where import one_at_a_time, passage
 from jqlib.model.evaluate import read_window
 from jqlib.model.families import sites_of
@@ -46,16 +45,3 @@ def test_one_site_at_a_time_costs_what_that_site_costs(tiny_model, tokens):
     found, expected = (it(windows).logits.log_softmax(-1) for it in (model, exact))
     kl = (expected.exp() * (expected - found)).sum(-1).mean().item()
     assert table.loc[1, "down"] == pytest.approx(kl, rel=1e-3)
-
-
-def test_attention_is_everyones_and_leaves_the_model_as_it_was(tiny_model, tokens):
-    model, window = tiny_model(), tokens(1, 24)[0]
-    usual = model.config._attn_implementation
-    maps = attention_of(model, window)
-    assert model.config._attn_implementation == usual
-    assert maps.shape == (2, 6, 24, 24)
-    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 6, 24))
-    assert not maps.triu(1).any()
-    maps = torch.eye(3).expand(2, 6, 3, 3).clone()
-    maps[1, :, 1:] = torch.tensor([0.5, 0.5, 0.0])
-    assert on_the_first(maps).tolist() == [[0.0] * 6, [0.5] * 6]

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from jqlib.quant.packed import rounded_linears
+from jqlib.quant.packed import packed_codes, rounded_linears
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -10,11 +10,6 @@ def stored_bytes(model: nn.Module) -> int:
     for each other number. A head that was tied to the embedding and is no more counts beside it.
     """
     rounded = rounded_linears(model).values()
-    codes = sum(linear.weight.numel() * _stored_bits(linear.grid.bits) // 8 for linear in rounded)
-    scales = sum(linear.grid.scale.nbytes for linear in rounded)
+    stored = sum(packed_codes(linear).nbytes + linear.grid.scale.nbytes for linear in rounded)
     others = sum(p.numel() for p in model.parameters()) - sum(linear.weight.numel() for linear in rounded)
-    return codes + scales + 2 * others
-
-
-def _stored_bits(bits: int) -> int:
-    return next(size for size in (4, 8, 16) if bits <= size)
+    return stored + 2 * others
