@@ -163,6 +163,7 @@ def explore(page, number):
     figure.scroll_into_view_if_needed()
     bits, layer = (page.locator(".widget-hslider", has_text=text).locator(".noUi-handle") for text in ("bits", "layer"))
     left, right = (page.get_by_label(side, exact=True) for side in ("left", "right"))
+    rotation, nothing = right.input_value(), left.input_value()
     first = state(figure)
     last = moved(page, first, "layer", lambda: layer.press("ArrowRight"))
     last = moved(page, last, "bits", lambda: bits.press("ArrowRight"))
@@ -170,13 +171,13 @@ def explore(page, number):
     assert page.locator(".widget-html mark").count() == 1
     last = moved(page, last, "site", lambda: page.get_by_role("button", name="ug", exact=True).click())
     before = last
-    last = moved(page, last, "right", lambda: right.select_option("none"))
+    last = moved(page, last, "right", lambda: right.select_option(nothing))
     one, other = colours(figure)
     assert one == other
-    assert moved(page, last, "right", lambda: right.select_option("Hadamard")) == before
-    last = moved(page, before, "left", lambda: left.select_option("Hadamard"))
+    assert moved(page, last, "right", lambda: right.select_option(rotation)) == before
+    last = moved(page, before, "left", lambda: left.select_option(rotation))
     assert len({*colours(figure)}) == 1
-    assert moved(page, last, "left", lambda: left.select_option("none")) == before
+    assert moved(page, last, "left", lambda: left.select_option(nothing)) == before
     page.screenshot(path=SHOTS / f"{number}_explorer.png")
     moved(page, before, "play", lambda: page.locator(".widget-play button").first.click())
     page.wait_for_function(f"() => document.querySelector('{PLOT}').layout.annotations[1].text.includes('of the way')")
