@@ -1,5 +1,6 @@
 """How the workbook's figures look: one style file, and one colour a method in all of them."""
 
+from contextlib import contextmanager
 from functools import cache
 
 import matplotlib.pyplot as plt
@@ -17,14 +18,16 @@ COLOURS = {  # mostly Okabe and Ito's, by how a method's name begins: of several
 KINDS = {"qkv": "#0072B2", "o": "#009E73", "ug": "#56B4E9", "down": "#D55E00"}  # of site
 
 
+@contextmanager
 def styled():
-    """A context in the workbook's style.
+    """A context, or by ``@styled()`` a function, in the workbook's style.
 
     A notebook's backend makes pyplot interactive when it is loaded. Loaded within the style, that would be undone
     on leaving, and the notebook would show its first figure only.
     """
     _load_backend()
-    return plt.style.context(STYLE)
+    with plt.style.context(STYLE):
+        yield
 
 
 def colour_of(method: str) -> str | None:
