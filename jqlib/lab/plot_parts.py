@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import from_numpy
 
-from jqlib.lab.plots import plain_decades
+from jqlib.lab.plots import forest, plain_decades
 from jqlib.lab.style import colour_of, styled
 from jqlib.transform.grids import round_to_nearest
 
@@ -86,43 +85,22 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
     ``band``: what chance does, nats to either side. Hollow: inside it, or the interval holds 0. Values that lie far
     out are written at the edge.
     """
-    groups = list(dict.fromkeys(table.group))
-    rows = [row for group in groups for row in [group, *table[table.group == group].itertuples()]]
-    values = table[["value", "low", "high"]].astype(float)
-    end = _edge(values.value.abs(), 2 * band)
-    shown = values[values.value.abs() <= end].to_numpy()
-    left, right = np.nanmin([*shown.flat, -band, -0.1 * end]), np.nanmax([*shown.flat, band, 0.1 * end])
-    left, right = left - 0.05 * (right - left), right + 0.15 * (right - left)  # room for the last one's number
+    rows = []  # a group's name alone, then a tuple for each of its changes
+    for group, of in table.groupby("group", sort=False):
+        rows += [(group,), *of[["label", "value", "low", "high"]].itertuples(index=False)]
     figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.32 * len(rows)))
     if band:
         axis.axvspan(-band, band, color="0.88", lw=0, label=f"luck: ±{band:.2f}")
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1))
-    axis.axvline(0, color="k", ls="--", lw=1)
-    for y, row in enumerate(rows):
-        if not isinstance(row, str):
-            _change(axis, y, row, band, left, right)
-    axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", xlim=(left, right))
-    axis.set(ylim=(len(rows) - 0.4, -0.6))
-    axis.set_yticks(range(len(rows)), [fill(row if isinstance(row, str) else row.label, 32) for row in rows])
+    least = max(2 * band, table.value.abs().quantile(interpolation="lower"))
+    forest(axis, {y: row for y, row in enumerate(rows) if len(row) > 1}, far=FAR, least=least, band=band,
+           beyond=lambda value: f"{value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})")  # fmt: skip
+    axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", ylim=(len(rows) - 0.4, -0.6))
+    axis.set_yticks(range(len(rows)), [fill(row[0], 32) for row in rows])
     for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
-        tick.set_fontweight("bold" if isinstance(row, str) else "normal")
+        tick.set_fontweight("normal" if len(row) > 1 else "bold")
     axis.yaxis.grid(False)
     return figure
-
-
-def _change(axis, y: int, row, band: float, left: float, right: float) -> None:
-    colour, value, text = colour_of(row.label) or PARTS["both"], float(row.value), {"va": "center", "fontsize": 9}
-    if not left <= value <= right:
-        edge, mark, side = (right, ">", "right") if value > 0 else (left, "<", "left")
-        axis.plot(edge, y, mark, color=colour, clip_on=False)
-        axis.text(edge, y, f"   {value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})   ", ha=side, **text)
-        return
-    clear = abs(value) > band and (math.isnan(row.low) or not row.low <= 0 <= row.high)
-    axis.errorbar(value, y, xerr=[[value - row.low], [row.high - value]], fmt="o", capsize=3, color=colour,
-                  mfc=colour if clear else "white")  # fmt: skip
-    behind = min(np.nanmax([value, row.high]) + 0.015 * (right - left), right - 0.08 * (right - left))
-    box = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
-    axis.text(behind, y, f"{value:+.2f}", bbox=box, **text)
 
 
 @styled()
@@ -164,16 +142,6 @@ def strip(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     axis.set(xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
     axis.set_yticks(range(len(values)), values)
     return figure
-
-
-def _edge(sizes: Sequence[float], least: float = 0.0) -> float:
-    """Where an axis ends: at the largest that is not `FAR` times further out than the one before it, ``least`` and half
-    of them."""
-    sizes = sorted(sizes)
-    least = max(least, sizes[(len(sizes) - 1) // 2])
-    return next(
-        (max(low, least) for low, high in pairwise(sizes) if high > FAR * max(low, least)), max(sizes[-1], least)
-    )
 
 
 def _plain(axis) -> None:

@@ -10,6 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from jqlib.lab.plots import forest
 from jqlib.lab.style import colour_of, styled
 
 PANELS = {  # column -> what it is
@@ -17,7 +18,6 @@ PANELS = {  # column -> what it is
     "kl": "KL from FP, nats per token",
     "paired": "ln(PPL / QuaRot, best)",
 }
-LEAP = 2.0  # a value beyond 1 nat that is so many times the next smaller one is broken off
 
 
 @styled()
@@ -32,42 +32,17 @@ def fidelity(table: pd.DataFrame, label: str, groups: str) -> Figure:
     size = (2.2 + 2.5 * len(panels), 1.4 + 0.34 * (lines.max() + 1))
     figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
     for axis, name in zip(axes[0], panels, strict=True):
-        columns = [table[column].to_numpy(float) for column in (name, f"{name}_low", f"{name}_high")]
-        edge = _edge(columns[0])
-        for y, method, *found in zip(lines, table[label], *columns, strict=True):
-            _line(axis, y, colour_of(method), found, edge)
-        axis.axvline(0, color="k", lw=1)
-        left = 1.1 * min(0, np.nanmin(columns[:2]))
-        axis.set(xlabel=PANELS[name], xlim=(left, edge + 0.3 * (edge - left)))
+        found = table[[label, name, f"{name}_low", f"{name}_high"]].set_index(lines).dropna(subset=name)
+        forest(axis, dict(zip(found.index, found.itertuples(index=False), strict=True)), "{:.2f}", far=2, least=0.5)
+        axis.set(xlabel=PANELS[name])
     axes[0, 0].set(yticks=lines, yticklabels=table[label].map(short), ylim=(lines.max() + 0.6, -1.3))
     for y, kind in zip(lines[first], table[groups][first], strict=True):
         axes[0, 0].text(0, y - 0.8, f" {kind}", fontsize=9, style="italic", va="center")
     return figure
 
 
-def _line(axis, y: float, colour: str | None, found: tuple[float, float, float], edge: float) -> None:
-    """A value with its interval, or, beyond the edge, an arrow there."""
-    value, low, high = found
-    if np.isnan(value):
-        return
-    if value > edge:
-        axis.plot([edge * 1.08], [y], ">", color=colour)
-        _beside(axis, edge * 1.08, y, value)
-        return
-    axis.plot([low, high], [y, y], color=colour, lw=4, alpha=0.4, solid_capstyle="butt")
-    axis.plot([value], [y], "o", color=colour, ms=5)
-    _beside(axis, np.nanmax([value, high]), y, value)
-
-
 def _beside(axis, x: float, y: float, value: float) -> None:
     axis.annotate(f"{value:.2f}", (x, y), (7, 0), textcoords="offset points", va="center", fontsize=9)
-
-
-def _edge(values: Sequence[float]) -> float:
-    """The largest value that belongs to the others: none beyond it is less than LEAP times the next smaller one."""
-    kept = sorted(value for value in values if not np.isnan(value))
-    leaps = [i for i in range(1, len(kept)) if kept[i] > 1 and kept[i] > LEAP * kept[i - 1]]
-    return max(kept[leaps[0] - 1] if leaps else kept[-1], 1e-3)
 
 
 def short(name: str) -> str:

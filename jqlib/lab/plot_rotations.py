@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jqlib.lab.diagram import COLOURS
+from jqlib.lab.plots import forest
 from jqlib.lab.style import KINDS, colour_of, styled
 
 GAUSSIAN = 3  # its kurtosis
@@ -73,18 +74,12 @@ def directions(parts: Mapping[str, np.ndarray]) -> Figure:
 @styled()
 def differences(panels: Mapping[str, Mapping[str, Sequence[float]]], base: str) -> Figure:
     """Paired differences from ``base`` in nats per token, (value, low, high) by panel and name; NaN: an unknown end."""
-    rows = len(next(iter(panels.values())))
-    figure, axes = plt.subplots(1, len(panels), figsize=(10, 1.3 + 0.45 * rows), sharey=True, squeeze=False)
+    names = list(next(iter(panels.values())))
+    figure, axes = plt.subplots(1, len(panels), figsize=(10, 1.3 + 0.45 * len(names)), sharey=True, squeeze=False)
     for axis, (xlabel, found) in zip(axes[0], panels.items(), strict=True):
-        for y, (name, (value, low, high)) in enumerate(found.items()):
-            error = np.nan_to_num([[value - low], [high - value]])
-            axis.errorbar(value, y, xerr=error, fmt="o", capsize=4, color=colour_of(name))
-            axis.annotate(f"{value:+.3f}", (value, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
-        axis.axvline(0, color="k", ls="--", lw=1)
-        axis.set(xlabel=xlabel, yticks=range(rows), yticklabels=list(found), ylim=(rows - 0.5, -0.6))
-        axis.margins(x=0.15)
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-    axes[0, 0].set_ylabel(f"against {base}")
+        forest(axis, {y: (name, *found[name]) for y, name in enumerate(names)}, "{:+.3f}")
+        axis.set(xlabel=xlabel)
+    axes[0, 0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5), ylabel=f"against {base}")
     return figure
 
 

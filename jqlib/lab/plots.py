@@ -1,6 +1,8 @@
 """The workbook's figures, in one style. Each function takes plain numbers and returns the figure."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -101,6 +103,39 @@ def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
     axis.set(xlabel="seconds since the call (log)", ylabel=ylabel)
     figure.legend(loc="outside lower center", ncol=2)
     return figure
+
+
+def forest(
+    axis, rows: Mapping[int, tuple], form: str = "{:+.2f}", *, far: float = math.inf, least: float = 0.0,
+    band: float | None = None, beyond: Callable[[float], str] = "{:.2f}".format,
+) -> None:  # fmt: skip
+    """A method's (value, low, high) in each row, written behind its interval; an end that is NaN is not known.
+
+    Values ``far`` times further out than the one before them, and than ``least``, are written at the edge, as
+    ``beyond`` says. Hollow: within ``band`` of 0, or the interval holds 0 (None: none is).
+    """
+    found = np.array([row[1:] for row in rows.values()], dtype=float)
+    sizes = np.abs(found[:, 0])
+    end = next((low for low, high in pairwise(sorted(sizes)) if high > far * max(low, least)), max(sizes))
+    shown = [*found[sizes <= end].flat, band or 1e-3, -(band or 1e-3)]
+    left, right = np.nanmin(shown), np.nanmax(shown)
+    left, right = left - 0.05 * (right - left), right + 0.2 * (right - left)  # room for the last one's number
+    near = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+    for (y, (name, *_)), (value, low, high) in zip(rows.items(), found, strict=True):
+        colour = colour_of(name) or "#333333"
+        if abs(value) > end:
+            edge, mark, side, off = (right, ">", "right", -7) if value > 0 else (left, "<", "left", 7)
+            axis.plot(edge, y, mark, color=colour, clip_on=False)
+            axis.annotate(beyond(value), (edge, y), (off, 0), ha=side, **near)
+            continue
+        hollow = band is not None and (abs(value) <= band or low <= 0 <= high)
+        axis.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", capsize=3, color=colour,
+                      mfc="white" if hollow else colour)  # fmt: skip
+        box = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
+        axis.annotate(form.format(value), (np.nanmax([value, high]), y), (7, 0), bbox=box, **near)
+    axis.axvline(0, color="k", ls="--", lw=1)
+    axis.set(xlim=(left, right))
+    axis.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def plain_decades(axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
