@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import from_numpy
 
-from jqlib.lab.plots import forest, plain_decades
-from jqlib.lab.style import colour_of, styled
+from jqlib.lab.plots import forest
+from jqlib.lab.style import colour_of, plain_decades, styled
 from jqlib.transform.grids import round_to_nearest
 
 Pair = tuple[Sequence[float], Sequence[float]]  # before and after

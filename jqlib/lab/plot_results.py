@@ -164,9 +164,8 @@ def attention_maps(maps: Mapping[str, np.ndarray]) -> Figure:
 def learning(curves: Mapping[str, Sequence[float]]) -> Figure:
     """A loss per step of learning, a line each: `before`, of the same text by the model as it was, and after."""
     figure, axis = plt.subplots(figsize=(7.5, 3.2))
-    for (name, values), look in zip(curves.items(), ("o--", "o-"), strict=False):
-        axis.plot(range(1, len(values) + 1), values, look, ms=4, label=name,
-                  color=colour_of("RTN" if look == "o--" else "JointQuant, best"))  # fmt: skip
+    for (name, values), look, like in zip(curves.items(), ("o--", "o-"), ("RTN", "JointQuant, best"), strict=True):
+        axis.plot(range(1, len(values) + 1), values, look, ms=4, label=name, color=colour_of(like))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="step (each on other text)", ylabel="KL from FP,\nnats per token", ylim=(0, None))
     axis.legend()

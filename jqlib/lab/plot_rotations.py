@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from jqlib.lab.diagram import COLOURS
 from jqlib.lab.plots import forest
-from jqlib.lab.style import KINDS, colour_of, styled
+from jqlib.lab.style import KINDS, colour_of, plain_decades, styled
 
 GAUSSIAN = 3  # its kurtosis
 LOSSES = {"whip": colour_of("joint"), "range": colour_of("range"), "kurtosis": "#CC79A7"}
@@ -30,8 +30,7 @@ def kurtosis_by_layer(before: Sequence[float], after: Mapping[str, Sequence[floa
         axis.set(xlabel="layer", ylabel="kurtosis")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(yscale="log", title="before and after")
-    left.set_yticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
-    left.yaxis.set_minor_locator(plt.NullLocator())
+    plain_decades(left.yaxis, (1, 3))
     right.set(ylim=(0, None), title="after")
     known = {line.get_label(): line for axis in (left, right) for line in axis.lines}
     figure.legend(known.values(), known, loc="outside lower center", ncol=3)

@@ -7,20 +7,23 @@ from itertools import pairwise
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from jqlib.lab.style import colour_of, styled
+from jqlib.lab.style import colour_of, plain_decades, styled
+
+TOKENS = 96  # of a surface
+FEWEST = 5  # values of a bin
 
 
 @styled()
-def surfaces(tables: Mapping[str, np.ndarray], tokens: int = 96) -> Figure:
-    """|activation| over token × channel, (tokens, channels) each, on one shared height; of 4 neighbouring channels the
-    largest is drawn."""
-    height = max(np.abs(t[:tokens]).max() for t in tables.values())
+def surfaces(tables: Mapping[str, np.ndarray]) -> Figure:
+    """|activation| over token × channel, (tokens, channels) each, of the first TOKENS, on one shared height; of 4
+    neighbouring channels the largest is drawn."""
+    height = max(np.abs(t[:TOKENS]).max() for t in tables.values())
     figure = plt.figure(figsize=(4.6 * len(tables), 3.9), layout="none")
     for i, (title, table) in enumerate(tables.items()):
         axis = figure.add_axes((0.02 + i / len(tables), 0.08, 0.88 / len(tables), 0.84), projection="3d")
-        z = np.abs(table[:tokens, : table.shape[1] // 4 * 4])
+        z = np.abs(table[:TOKENS, : table.shape[1] // 4 * 4])
         z = z.reshape(len(z), -1, 4).max(2)
         channel, token = np.meshgrid(4 * np.arange(z.shape[1]), np.arange(z.shape[0]))
         axis.plot_surface(channel, token, z, cmap="viridis", vmin=0, vmax=height, rcount=len(z), ccount=200)
@@ -34,9 +37,9 @@ def surfaces(tables: Mapping[str, np.ndarray], tokens: int = 96) -> Figure:
 
 
 @styled()
-def against_gaussian(samples: Mapping[str, np.ndarray], fewest: int = 5) -> Figure:
+def against_gaussian(samples: Mapping[str, np.ndarray]) -> Figure:
     """Densities of samples, each scaled to unit variance, beside the Gaussian's, on a log axis; bins that hold less
-    than ``fewest`` values are left out."""
+    than FEWEST values are left out."""
     most = max(np.abs(x / x.std()).max() for x in samples.values())
     edges = np.arange(-np.ceil(most), np.ceil(most) + 0.1, 0.4)
     middle = (edges[1:] + edges[:-1]) / 2
@@ -44,7 +47,7 @@ def against_gaussian(samples: Mapping[str, np.ndarray], fewest: int = 5) -> Figu
     for name, x in samples.items():
         count, _ = np.histogram(x / x.std(), edges)
         density = count / (len(x) * (edges[1] - edges[0]))
-        axis.semilogy(middle, np.where(count >= fewest, density, np.nan), label=name, color=colour_of(name))
+        axis.semilogy(middle, np.where(count >= FEWEST, density, np.nan), label=name, color=colour_of(name))
     axis.semilogy(middle, np.exp(-(middle**2) / 2) / np.sqrt(2 * np.pi), "k--", lw=1, label="Gaussian")
     axis.set(xlabel="value / standard deviation", ylabel="density", xlim=(-most, most), ylim=(1e-5, 5))
     axis.legend()
@@ -77,15 +80,14 @@ def bound(before: Sequence[float], after: Sequence[float], line: float, bits: in
 
 
 @styled()
-def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str, log: bool = True) -> Figure:
-    """One line a name over the layers."""
+def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str) -> Figure:
+    """One line a name over the layers, log axis."""
     figure, axis = plt.subplots(figsize=(7.5, 4.3))
     for name, values in columns.items():
         axis.plot(range(len(values)), values, marker="o", ms=3, label=name, color=colour_of(name))
-    axis.set(xlabel="layer", ylabel=ylabel, yscale="log" if log else "linear")
+    axis.set(xlabel="layer", ylabel=ylabel, yscale="log")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if log:
-        plain_decades(axis.yaxis, (1, 2, 3, 5))
+    plain_decades(axis.yaxis, (1, 2, 3, 5))
     figure.legend(loc="outside lower center", ncol=2)
     return figure
 
@@ -136,10 +138,3 @@ def forest(
     axis.axvline(0, color="k", ls="--", lw=1)
     axis.set(xlim=(left, right))
     axis.xaxis.set_major_locator(MaxNLocator(5))
-
-
-def plain_decades(axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
-    """1, 2, 5, 10, … along a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())

@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from jqlib.lab.style import KINDS, colour_of, styled
+from jqlib.lab.style import KINDS, colour_of, plain_decades, styled
 
 
 @styled()
@@ -36,25 +36,19 @@ def outlier_lines(tables: Mapping[str, pd.DataFrame], gaussian: str) -> Figure:
 def dumbbells(before: pd.DataFrame, after: pd.DataFrame, gaussian: float, xlabel: str) -> Figure:
     """Errors of layers × kinds of site, before and after a rotation, as shares: small dots are layers, large ones their
     means; a dotted line at a ``gaussian``'s."""
-    high = 100 * max(before.max().max(), after.max().max()) or 1.0
-    low = max(100 * min(before.min().min(), after.min().min()), 1e-6 * high)
+    both = {"as it is": 100 * before, "rotated (Hadamard)": 100 * after}
     figure, axis = plt.subplots(figsize=(7.5, 3.2))
     for y, kind in enumerate(before):
-        ends = 100 * before[kind].mean(), 100 * after[kind].mean()
-        axis.plot(ends, (y, y), color="0.75", lw=2, zorder=1)
-        for name, values in (("as it is", before[kind]), ("Hadamard", after[kind])):
-            axis.plot(100 * values, np.full(len(values), y + 0.22), ".", ms=4, alpha=0.4, color=colour_of(name))
-        for name, end in zip(("as it is", "Hadamard"), ends, strict=True):
-            label = {"as it is": "as it is", "Hadamard": "rotated (Hadamard)"}[name] if y == 0 else None
-            axis.plot(end, y, "o", ms=8, color=colour_of(name), label=label)
-            axis.annotate(f"{end:.2g}%", (end, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
+        axis.plot([of[kind].mean() for of in both.values()], (y, y), color="0.75", lw=2, zorder=1)
+        for name, of in both.items():
+            colour, mean = colour_of(name), of[kind].mean()
+            axis.plot(of[kind], np.full(len(of), y + 0.22), ".", ms=4, alpha=0.4, color=colour)
+            axis.plot(mean, y, "o", ms=8, color=colour, label=name if y == 0 else None)
+            axis.annotate(f"{mean:.2g}%", (mean, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
     axis.axvline(100 * gaussian, color="k", ls=":", lw=1, label=f"a Gaussian: {gaussian:.1%}")
-    axis.set(xscale="log", xlabel=xlabel, xlim=(0.8 * low, 1.25 * high), ylim=(len(before.columns) - 0.5, -0.6))
-    axis.set_yticks(range(len(before.columns)), before.columns)
-    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low < tick < high]
-    axis.xaxis.set_major_locator(FixedLocator(ticks))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set(xscale="log", xlabel=xlabel, ylim=(before.shape[1] - 0.5, -0.6))
+    axis.set_yticks(range(before.shape[1]), before.columns)
+    plain_decades(axis.xaxis)
     figure.legend(loc="outside lower center", ncol=3)
     return figure
 
