@@ -29,7 +29,7 @@ def test_the_diagram_undoes_what_it_turns():
     assert diagram.BOXES["v"][3] == diagram.BOXES["o"][2] == "R2"
     for name in ("embed", "o", "down"):
         assert diagram.BOXES[name][3] == "R1"
-    for name in ("q, k", "v", "up, gate", "head"):
+    for name in ("q, k", "v", "up, gate", "LM head"):
         assert diagram.BOXES[name][2] == "R1"
     diagram.layer_diagram()
 

@@ -8,46 +8,49 @@ from jqlib.lab.style import styled
 
 COLOURS = {"R1": "#0072B2", "R2": "#009E73", "R3": "#E69F00", "R4": "#D55E00"}
 BOXES = {  # name -> where it stands, and the rotations merged into its weight, (in, out)
-    "embed": (0.0, 0, None, "R1"), "norm": (1.55, 0, None, None), "q, k": (2.9, 0.75, "R1", None),
-    "v": (2.9, -0.75, "R1", "R2"), "attention": (5.0, 0, None, None), "o": (6.4, 0, "R2", "R1"),
-    "norm ": (8.35, 0, None, None), "up, gate": (9.7, 0, "R1", None), "down": (12.3, 0, "R4", "R1"),
-    "head": (14.25, 0, "R1", None),
+    "embed": (0.0, 0, None, "R1"), "norm": (1.5, 0, None, None), "q, k": (3.0, 0.8, "R1", None),
+    "v": (3.0, -0.8, "R1", "R2"), "RoPE": (4.5, 0.8, None, None), "attention": (6.7, 0, None, None),
+    "o": (8.15, 0, "R2", "R1"), "norm ": (9.75, 0, None, None), "up, gate": (11.25, 0, "R1", None),
+    "up ×\nsilu(gate)": (12.75, 0, None, None), "down": (14.8, 0, "R4", "R1"), "norm  ": (16.4, 0, None, None),
+    "LM head": (17.9, 0, "R1", None),
 }  # fmt: skip
-ARROWS = [("norm", "q, k"), ("norm", "v"), ("q, k", "attention"), ("v", "attention"), ("attention", "o"),
-          ("norm ", "up, gate"), ("up, gate", "down")]  # fmt: skip
-WIDTH, HEIGHT, STREAM = 1.0, 0.6, -1.75
+ARROWS = [("norm", "q, k"), ("norm", "v"), ("q, k", "RoPE"), ("RoPE", "attention"), ("v", "attention"),
+          ("attention", "o"), ("norm ", "up, gate"), ("up, gate", "up ×\nsilu(gate)"), ("up ×\nsilu(gate)", "down"),
+          ("norm  ", "LM head")]  # fmt: skip
+WIDTH, HEIGHT, STREAM = 1.1, 0.66, -1.75
 KEY = {
     "R1": "R1 turns the residual stream: merged into weights (stripes)",
     "R2": "R2 turns each head's values: merged into weights",
-    "R3": "R3 turns queries and keys, for a rounded KV cache: runs online (diamond)",
-    "R4": "R4 turns down's input: runs online, undone in its weight",
+    "R3": "R3 turns queries and keys behind RoPE: runs (diamond), if the KV cache is rounded",
+    "R4": "R4 turns down's input behind silu: runs, undone in down",
 }
 
 
 @styled()
 def layer_diagram() -> Figure:
-    """Embedding, one layer and head along the residual stream. A stripe at a weight's side is a rotation merged there,
-    a diamond one that runs online."""
-    figure, axis = plt.subplots(figsize=(11, 3.6))
-    axis.annotate("", (15.6, STREAM), (0.2, STREAM), arrowprops={"arrowstyle": "-|>", "lw": 3, "color": COLOURS["R1"]})
-    axis.text(7.4, STREAM - 0.12, "residual stream", ha="center", va="top", color=COLOURS["R1"])
+    """Embedding, one layer and LM head along the residual stream. A stripe at a weight's side is a rotation merged
+    there, a diamond one that runs online."""
+    figure, axis = plt.subplots(figsize=(12, 3.7))
+    axis.annotate("", (19.1, STREAM), (0.2, STREAM), arrowprops={"arrowstyle": "-|>", "lw": 3, "color": COLOURS["R1"]})
+    axis.text(9.0, STREAM - 0.12, "residual stream", ha="center", va="top", color=COLOURS["R1"])
     for name, (x, y, into, out) in BOXES.items():
         _box(axis, name.strip(), x, y, into, out)
     for start, end in ARROWS:
         (x0, y0, *_), (x1, y1, *_) = BOXES[start], BOXES[end]
         axis.annotate("", (x1, y1), (x0 + WIDTH, y0), arrowprops={"arrowstyle": "->", "color": "0.4"})
-    for name in ("norm", "norm ", "head"):  # they read the stream
+    for name in ("norm", "norm ", "norm  "):  # they read the stream
         x = BOXES[name][0] + WIDTH / 2
+        axis.text(x, 0.45, "gain merged", ha="center", color="0.4", fontsize=8)
         axis.annotate("", (x, -HEIGHT / 2), (x, STREAM), arrowprops={"arrowstyle": "->", "color": "0.4"})
     for name in ("embed", "o", "down"):  # they add to it
         x = BOXES[name][0] + WIDTH / 2
         axis.annotate("", (x, STREAM), (x, -HEIGHT / 2), arrowprops={"arrowstyle": "->", "color": "0.4"})
-    for name, x, y in (("R3", 4.4, 0.42), ("R4", 11.45, 0)):
+    for name, x, y in (("R3", 6.15, 0.4), ("R4", 14.32, 0)):
         axis.plot(x, y, "D", ms=9, color=COLOURS[name], zorder=3)
         axis.text(x, y + 0.3, name, ha="center", color=COLOURS[name], weight="bold")
     for i, (name, text) in enumerate(KEY.items()):
-        axis.text(0.1 + 8.0 * (i % 2), 2.0 - 0.45 * (i // 2), text, color=COLOURS[name], fontsize=9)
-    axis.set(xlim=(-0.2, 15.8), ylim=(-2.3, 2.4))
+        axis.text(11.3 * (i % 2), 2.0 - 0.45 * (i // 2), text, color=COLOURS[name], fontsize=9.5)
+    axis.set(xlim=(-0.2, 19.3), ylim=(-2.3, 2.4))
     axis.axis("off")
     return figure
 

@@ -1,11 +1,10 @@
-"""Figures of notebook 01 about the kinds of site: by layer, before and after a rotation, and one head's attention."""
+"""Figures of notebook 01 about the kinds of site: by layer, before and after a rotation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -19,7 +18,8 @@ def outlier_lines(tables: Mapping[str, pd.DataFrame], gaussian: str) -> Figure:
     figure, axes = plt.subplots(1, len(tables), figsize=(7.5, 4), squeeze=False)
     for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
         for kind in table:
-            axis.semilogy(table.index, table[kind], "o-", ms=3, lw=1.3, color=KINDS[kind], label=kind)
+            look = {"ls": "--", "mfc": "white"} if kind == "ug" else {}  # qkv is seen through it
+            axis.semilogy(table.index, table[kind], "o-", ms=3, lw=1.3, color=KINDS[kind], label=kind, **look)
         for layer in table["down"].nlargest(2).index:
             axis.annotate(f"layer {layer} ", (layer, table["down"][layer]), ha="right", va="center", fontsize=9)
         if name == gaussian:
@@ -46,22 +46,8 @@ def dumbbells(before: pd.DataFrame, after: pd.DataFrame, gaussian: float, xlabel
             axis.plot(mean, y, "o", ms=8, color=colour, label=name if y == 0 else None)
             axis.annotate(f"{mean:.2g}%", (mean, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
     axis.axvline(100 * gaussian, color="k", ls=":", lw=1, label=f"a Gaussian: {gaussian:.1%}")
-    axis.set(xscale="log", xlabel=xlabel, ylim=(before.shape[1] - 0.5, -0.6))
+    axis.set(xscale="log", xlabel=f"{xlabel}, log axis", ylim=(before.shape[1] - 0.5, -0.6))
     axis.set_yticks(range(before.shape[1]), before.columns)
     plain_decades(axis.xaxis)
     figure.legend(loc="outside lower center", ncol=3)
-    return figure
-
-
-@styled()
-def attention_map(attention: np.ndarray, words: Sequence[str], title: str) -> Figure:
-    """One head's attention, (tokens, tokens): rows look at columns, each row sums to 1; log colours from 0.1%."""
-    figure, axis = plt.subplots(figsize=(6.4, 5.6))
-    seen = np.where(np.tri(len(attention), dtype=bool), 100 * attention, np.nan)
-    image = axis.imshow(seen, norm=LogNorm(0.1, 100, clip=True), cmap="cividis")
-    axis.set(title=title, xlabel="is looked at", ylabel="looks")
-    for set_ticks, rotation in ((axis.set_xticks, 90), (axis.set_yticks, 0)):
-        set_ticks(range(len(words)), words, fontsize=7, rotation=rotation, parse_math=False)
-    axis.grid(False)
-    figure.colorbar(image, ax=axis, label="share of a row's attention (%)", shrink=0.8)
     return figure
