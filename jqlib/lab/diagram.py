@@ -40,7 +40,7 @@ def layer_diagram() -> Figure:
         axis.annotate("", (x1, y1), (x0 + WIDTH, y0), arrowprops={"arrowstyle": "->", "color": "0.4"})
     for name in ("norm", "norm ", "norm  "):  # they read the stream
         x = BOXES[name][0] + WIDTH / 2
-        axis.text(x, 0.45, "gain merged", ha="center", color="0.4", fontsize=8)
+        axis.text(x, 0.45, "gain merged", ha="center", color="0.4", fontsize=8.5)
         axis.annotate("", (x, -HEIGHT / 2), (x, STREAM), arrowprops={"arrowstyle": "->", "color": "0.4"})
     for name in ("embed", "o", "down"):  # they add to it
         x = BOXES[name][0] + WIDTH / 2
@@ -49,7 +49,7 @@ def layer_diagram() -> Figure:
         axis.plot(x, y, "D", ms=9, color=COLOURS[name], zorder=3)
         axis.text(x, y + 0.3, name, ha="center", color=COLOURS[name], weight="bold")
     for i, (name, text) in enumerate(KEY.items()):
-        axis.text(11.3 * (i % 2), 2.0 - 0.45 * (i // 2), text, color=COLOURS[name], fontsize=9.5)
+        axis.text(11.3 * (i % 2), 2.0 - 0.45 * (i // 2), text, color=COLOURS[name], fontsize=11)
     axis.set(xlim=(-0.2, 19.3), ylim=(-2.3, 2.4))
     axis.axis("off")
     return figure
@@ -61,7 +61,7 @@ def _box(axis, name: str, x: float, y: float, into: str | None, out: str | None)
     )
     axis.add_patch(shape)
     middle = x + WIDTH / 2 + 0.05 * ((into is not None) - (out is not None))
-    axis.text(middle, y, name, ha="center", va="center", zorder=4, fontsize=9)
+    axis.text(middle, y, name, ha="center", va="center", zorder=4, fontsize=9.5)
     for rotation, at in ((into, x + 0.02), (out, x + WIDTH - 0.10)):
         if rotation:
             axis.add_patch(plt.Rectangle((at, y - HEIGHT / 2), 0.08, HEIGHT, color=COLOURS[rotation], zorder=3))
