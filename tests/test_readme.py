@@ -1,40 +1,83 @@
-"""The README's commands and snippet are what they say: each command that can run here does, up to the work itself."""
+"""What the READMEs say is so: each command that can run here does, up to the work itself; links lead somewhere."""
 
 import glob
 import itertools
+import json
 import re
 import shlex
+import subprocess
 
+import pandas as pd
 import papermill
 import pytest
 import yaml
 
-from jqlib.__main__ import main
-from jqlib.config import ROOT, make_config
+from jqlib.__main__ import COMMANDS, main
+from jqlib.config import KINDS, ROOT, make_config
 from jqlib.export.can import check_form
 from jqlib.lab.checks import check_inputs
 from jqlib.lab.run import select_notebooks
 from jqlib.pipeline import recipe_of, settled
 from jqlib.recipes import RECIPES
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+FOLDERS = (".", "jqlib", "jqlib/export", "runs", "figures", "figures/pages", "tests")
+READMES = {folder: (ROOT / folder / "README.md").read_text(encoding="utf-8") for folder in FOLDERS}
+README, TEXT = READMES["."], "\n".join(READMES.values())
 LINES = [
     shlex.split(part, comments=True)
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
     for line in block.splitlines()
     for part in line.split("&&")
 ]
-RUNS, SWEEPS, EXPORTS = (
-    [words[4:] for words in LINES if words[:4] == ["python", "-m", "jqlib", c]] for c in ("run", "sweep", "export")
+INSIDE = [words[3:] for words in LINES if words[:3] == ["python", "-m", "jqlib"]]
+RUNS, SWEEPS, EXPORTS, INFOS, QUESTIONS = (
+    [words[1:] for words in INSIDE if words[0] == command]
+    for command in ("run", "sweep", "export", "info", "zero-shot")
 )
 HERE = {"./my-model": "smollm2-135m", "./my-text.txt": "wiki"}  # what the reader has, we stand in for
 
 
+def test_every_readme_is_read_here():
+    tracked = subprocess.run(["git", "ls-files", "*README.md"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if tracked.returncode == 0:  # in a clone
+        assert {(ROOT / path).parent for path in tracked.stdout.split()} == {(ROOT / of).resolve() for of in FOLDERS}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_links_lead_somewhere(folder):
+    for link in re.findall(r"\]\(([^)]+)\)", READMES[folder]):
+        path, _, anchor = link.partition("#")
+        if not link.startswith("https://"):
+            target = ROOT / folder / path if path else ROOT / folder / "README.md"
+            target = target / "README.md" if target.is_dir() else target
+            assert target.exists(), link
+            heads = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if anchor else []
+            assert not anchor or anchor in {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+
+
+def test_every_readme_is_reached_from_the_first():
+    linked = {
+        link.partition("#")[0].removesuffix("README.md").rstrip("/") for link in re.findall(r"\]\((.*?)\)", README)
+    }
+    assert {*FOLDERS} - {"."} <= linked
+
+
+def test_files_that_are_named_are_there():
+    """As code: paths below the repository, or below jqlib."""
+    named = {name for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|json|yaml|ipynb))`", TEXT) if "output" not in name}
+    assert len(named) > 10
+    assert not [name for name in named if not any((ROOT / top / name).exists() for top in (".", "jqlib"))]
+
+
 def test_every_command_is_known():
-    known = {"make", "conda", "python", "papermill"}
+    known = {"make", "conda", "python", "python3", ".venv/bin/pip", "papermill"}
     assert {words[0] for words in LINES if words} == known
+    assert {words[0] for words in INSIDE} <= COMMANDS.keys()
     targets = re.search(r"\.PHONY: (.*)", (ROOT / "Makefile").read_text())[1].split()
-    assert {words[1] for words in LINES if words and words[0] == "make"} <= set(targets)
+    said = {words[1] for words in LINES if words and words[0] == "make"} | {*re.findall(r"`make ([\w-]+)`", TEXT)}
+    assert said == set(targets)
+    torch = re.search(r"^torch==.*", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[0]
+    assert [".venv/bin/pip", "install", torch] in [words[:3] for words in LINES]
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert ["conda", "activate", environment["name"]] in LINES
 
@@ -61,6 +104,49 @@ def test_exports_are_accepted(words, monkeypatch):
     check_form(form, settled(config, recipe_of(config)), recipe_of(config))
 
 
+@pytest.mark.parametrize("words", INFOS, ids=" ".join)
+def test_infos_are_accepted(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr("jqlib.lab.info.describe", lambda config: seen.append(config) or "")
+    monkeypatch.setattr("jqlib.lab.trial.describe", lambda config: seen.append(config) or "")
+    assert main(["info", *words]) == 0
+    assert len(seen) == 1 + ("--measure" in words)
+    assert seen[0].model == words[0]
+    recipe_of(seen[0])
+
+
+@pytest.mark.parametrize("words", QUESTIONS, ids=" ".join)
+def test_zero_shots_are_accepted(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "jqlib.lab.zero_shot.zero_shot", lambda config, *more: seen.append((config, *more)) or pd.DataFrame()
+    )
+    assert main(["zero-shot", *words]) == 0
+    ((config, _, limit),) = seen
+    check_inputs(config)
+    assert limit == 200
+
+
+def test_inline_commands_are_commands():
+    """`python -m jqlib …` and flags within sentences: each is one that the command line has."""
+    said = re.findall(r"`python -m jqlib (?!--)([\w-]+)[ `]", TEXT)
+    assert {*said} <= COMMANDS.keys()
+    others = {
+        "--format",
+        "--to",
+        "--measure",
+        "--only",
+        "--limit",
+        "--tasks",
+        "--retry",
+        "--scheduler",
+        "--help",
+        "--debug",
+    }
+    flags = {*re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)} - {"--index-url"}
+    assert {flag.removeprefix("--") for flag in flags - others} <= KINDS.keys()
+
+
 @pytest.mark.parametrize("words", SWEEPS, ids=" ".join)
 def test_sweeps_are_accepted(words, monkeypatch):
     seen = []
@@ -82,11 +168,35 @@ def test_papermill_knows_the_parameters():
 
 
 def test_every_recipe_is_named():
-    assert all(f"`{name}`" in README for name in RECIPES)
+    assert all(f"`{name}`" in READMES["runs"] for name in RECIPES)
+
+
+def test_the_first_table_is_the_studys():
+    """Perplexities, KL and minutes as `figures/study.json` has them."""
+    study = json.loads((ROOT / "figures/study.json").read_text())
+    labels = {
+        "fp": "FP",
+        "quarot-best": "QuaRot, best",
+        "control": "Control",
+        "jointquant-best": "**JointQuant, best**",
+    }
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.count("|") == 9]
+    plain = [row for row in study["rows"] if row["method"] in labels and (row["a_bits"], row["kv_bits"]) != (4, 4)]
+    plain = [row for row in plain if row["a_bits"] == 16 or row["w_bits"] == 4]
+    assert len(plain) == 8
+    for row in plain:
+        found = [c for c in table if c[0].startswith(labels[row["method"]]) and c[1] == row["text"]]
+        assert [c[2] for c in found] == [f"{row['ppl']:.2f}"]
+        if row["method"] != "fp":
+            assert [(c[4], c[7]) for c in found] == [(f"{row['kl']:.3f}", f"{row['calibration_seconds'] / 60:.0f}")]
+
+
+def test_the_readme_can_be_read_at_a_sitting():
+    assert len(README.split()) < 3000
 
 
 def test_the_snippet(capsys):
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
     for word, small in (("max_windows=8", "max_windows=1"), ("max_tokens=256", "max_tokens=32")):
         assert word in snippet
         snippet = snippet.replace(word, small)
