@@ -3,6 +3,7 @@
 import glob
 import itertools
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -172,23 +173,33 @@ def test_every_recipe_is_named():
 
 
 def test_the_first_table_is_the_studys():
-    """Perplexities, KL and minutes as `figures/study.json` has them."""
-    study = json.loads((ROOT / "figures/study.json").read_text())
-    labels = {
-        "fp": "FP",
-        "quarot-best": "QuaRot, best",
-        "control": "Control",
-        "jointquant-best": "**JointQuant, best**",
-    }
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.count("|") == 9]
-    plain = [row for row in study["rows"] if row["method"] in labels and (row["a_bits"], row["kv_bits"]) != (4, 4)]
-    plain = [row for row in plain if row["a_bits"] == 16 or row["w_bits"] == 4]
-    assert len(plain) == 8
-    for row in plain:
-        found = [c for c in table if c[0].startswith(labels[row["method"]]) and c[1] == row["text"]]
-        assert [c[2] for c in found] == [f"{row['ppl']:.2f}"]
-        if row["method"] != "fp":
-            assert [(c[4], c[7]) for c in found] == [(f"{row['kl']:.3f}", f"{row['calibration_seconds'] / 60:.0f}")]
+    """Every number of it but the intervals, as `figures/study.json` has them."""
+    rows = json.loads((ROOT / "figures/study.json").read_text())["rows"]
+    study = {(r["method"], r["w_bits"], r["kv_bits"], r["text"]): r for r in rows}
+    table = [
+        [cell.strip(" *") for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.count("|") == 9
+    ]
+    said = {(cells[0].partition(":")[0], cells[1]): cells[2:] for cells in table[2:]}
+    labels = {"FP": ("fp", 16, 16), "QuaRot, best": ("quarot-best", 4, 16), "Control": ("control", 4, 16)}
+    labels |= {"JointQuant, best": ("jointquant-best", 4, 16), "the same, + KV4": ("jointquant-best", 4, 4)}
+    labels |= {"the same, weights left alone (W16A4)": ("jointquant-best", 16, 16)}
+    assert said.keys() == {(label, text) for label in labels for text in ("wiki", "news")}
+    for (label, text), cells in said.items():
+        row, fp, quarot = (study[*labels[of], text] for of in (label, "FP", "QuaRot, best"))
+        assert cells[0] == f"{row['ppl']:.2f}"
+        if label != "FP":
+            lost = [math.log(of["ppl"] / fp["ppl"]) for of in (row, quarot)]
+            minutes = f"{row['calibration_seconds'] / 60:.0f}"
+            assert [cells[1], cells[2], cells[5]] == [f"{lost[0]:.3f}", f"{row['kl']:.3f}", minutes]
+            gaps = [f"{1 - lost[0] / lost[1]:.0%}", f"{1 - row['kl'] / quarot['kl']:.0%}"]
+            assert label == "QuaRot, best" or [cell.split()[0].strip("*") for cell in cells[3:5]] == gaps
+    ours, alone = ([study["jointquant-best", bits, 16, text] for text in ("wiki", "news")] for bits in (4, 16))
+    fp = [study["fp", 16, 16, text]["ppl"] for text in ("wiki", "news")]
+    shares = [y["kl"] / x["kl"] for x, y in zip(ours, alone, strict=True)]
+    shares += [math.log(y["ppl"] / f) / math.log(x["ppl"] / f) for x, y, f in zip(ours, alone, fp, strict=True)]
+    assert (
+        f"{min(shares):.0%} to {max(shares):.0%}".replace("% to", " to") in README
+    )  # what is left is the activations'
 
 
 def test_the_readme_can_be_read_at_a_sitting():
