@@ -80,11 +80,8 @@ def streamed_bytes(config: Config) -> int:
 
 
 def _old_pages() -> list[str]:
-    return (
-        [f"figures/pages: not of today's notebooks: {', '.join(old)} (make workbook pages)"]
-        if (old := outdated())
-        else []
-    )
+    old = ", ".join(outdated())
+    return [f"figures/pages: not of today's notebooks: {old} (make workbook pages)"] if old else []
 
 
 def _numel(linears) -> int:
