@@ -123,6 +123,6 @@ def explored(sides: Mapping[str, tuple[Tensor, np.ndarray]], words: Sequence[str
     return figure
 
 
-def shortened(word: str, most: int = 12) -> str:
+def shortened(word: str) -> str:
     """A token's text in quotes, as far as it fits beside a bar."""
-    return repr(word if len(word) <= most else word[: most - 1] + "…")
+    return repr(word if len(word) <= 12 else word[:11] + "…")
