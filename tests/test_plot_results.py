@@ -1,8 +1,6 @@
 """Notebook 05's figures show what they are given."""
 
-import numpy as np
 import pandas as pd
-import pytest
 
 from jqlib.lab import plot_results
 from jqlib.lab.style import colour_of
@@ -19,14 +17,6 @@ def test_rows_without_an_interval_or_below_fp_are_drawn():
     assert [text.get_text() for text in left.get_yticklabels()] == ["b", "a", "c"]
     assert left.get_xlim()[1] < 1  # 4.00 is broken off: it doesn't squeeze the others
     assert left.get_xscale() == right.get_xscale() == "linear"
-
-
-@pytest.mark.parametrize(
-    ("values", "edge"),
-    [([0.2, 0.5, 1.2, 4.0], 0.5), ([0.6, 1.2, 1.3, 3.4, 4.0], 1.3), ([0.1, 0.5], 0.5), ([2.0, 3.9, np.nan], 3.9)],
-)
-def test_what_is_far_beyond_the_others_is_broken_off(values, edge):
-    assert plot_results._edge(values) == edge
 
 
 def test_a_road_says_every_step_and_what_is_left():

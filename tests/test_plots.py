@@ -1,9 +1,13 @@
 """Figures arrive where they are looked at, and show what they are given."""
 
+import math
+
 import nbformat
+import pytest
+from matplotlib import pyplot as plt
 from nbclient import NotebookClient
 
-from jqlib.lab import diagram
+from jqlib.lab import diagram, plots
 
 
 def test_a_notebook_shows_every_figure():
@@ -28,3 +32,16 @@ def test_the_diagram_undoes_what_it_turns():
     for name in ("q, k", "v", "up, gate", "head"):
         assert diagram.BOXES[name][2] == "R1"
     diagram.layer_diagram()
+
+
+@pytest.mark.parametrize(("values", "far", "least", "kept"), [
+    ([0.1, 0.2, 0.3], 4, 0, 3), ([0.1, 0.2, 0.3, 2.0, 9.0], 4, 0, 3), ([0.03, 0.13, 0.67, 1.9], 4, 0.13, 2),
+    ([0.001, 0.02, 0.04], 4, 0.02, 3), ([-0.1, 0.2, -2.0], 4, 0.2, 2), ([2.0], 4, 0, 1), ([0.1, 9.0], math.inf, 0, 2),
+    ([0.2, 0.5, 1.2, 4.0], 2, 0.5, 2), ([0.6, 1.2, 1.3, 3.4, 4.0], 2, 0.5, 3), ([0.1, 0.5], 2, 0.5, 2),
+])  # fmt: skip
+def test_what_is_far_beyond_the_others_is_written_at_the_edge(values, far, least, kept):
+    axis = plt.figure().subplots()
+    plots.forest(axis, {y: ("a", value, math.nan, math.nan) for y, value in enumerate(values)}, far=far, least=least)
+    dots, arrows = ([line.get_ydata()[0] for line in axis.lines if line.get_marker() in marks] for marks in ("o", "<>"))
+    assert (dots, arrows) == (list(range(kept)), list(range(kept, len(values))))
+    assert len(axis.texts) == len(values)

@@ -24,34 +24,32 @@ KEY = {
 }
 
 
+@styled()
 def layer_diagram() -> Figure:
     """Embedding, one layer and head along the residual stream. A stripe at a weight's side is a rotation merged there,
     a diamond one that runs online."""
-    with styled():
-        figure, axis = plt.subplots(figsize=(11, 3.6))
-        axis.annotate(
-            "", (15.6, STREAM), (0.2, STREAM), arrowprops={"arrowstyle": "-|>", "lw": 3, "color": COLOURS["R1"]}
-        )
-        axis.text(7.4, STREAM - 0.12, "residual stream", ha="center", va="top", color=COLOURS["R1"])
-        for name, (x, y, into, out) in BOXES.items():
-            _box(axis, name.strip(), x, y, into, out)
-        for start, end in ARROWS:
-            (x0, y0, *_), (x1, y1, *_) = BOXES[start], BOXES[end]
-            axis.annotate("", (x1, y1), (x0 + WIDTH, y0), arrowprops={"arrowstyle": "->", "color": "0.4"})
-        for name in ("norm", "norm ", "head"):  # they read the stream
-            x = BOXES[name][0] + WIDTH / 2
-            axis.annotate("", (x, -HEIGHT / 2), (x, STREAM), arrowprops={"arrowstyle": "->", "color": "0.4"})
-        for name in ("embed", "o", "down"):  # they add to it
-            x = BOXES[name][0] + WIDTH / 2
-            axis.annotate("", (x, STREAM), (x, -HEIGHT / 2), arrowprops={"arrowstyle": "->", "color": "0.4"})
-        for name, x, y in (("R3", 4.4, 0.42), ("R4", 11.45, 0)):
-            axis.plot(x, y, "D", ms=9, color=COLOURS[name], zorder=3)
-            axis.text(x, y + 0.3, name, ha="center", color=COLOURS[name], weight="bold")
-        for i, (name, text) in enumerate(KEY.items()):
-            axis.text(0.1 + 8.0 * (i % 2), 2.0 - 0.45 * (i // 2), text, color=COLOURS[name], fontsize=9)
-        axis.set(xlim=(-0.2, 15.8), ylim=(-2.3, 2.4))
-        axis.axis("off")
-        return figure
+    figure, axis = plt.subplots(figsize=(11, 3.6))
+    axis.annotate("", (15.6, STREAM), (0.2, STREAM), arrowprops={"arrowstyle": "-|>", "lw": 3, "color": COLOURS["R1"]})
+    axis.text(7.4, STREAM - 0.12, "residual stream", ha="center", va="top", color=COLOURS["R1"])
+    for name, (x, y, into, out) in BOXES.items():
+        _box(axis, name.strip(), x, y, into, out)
+    for start, end in ARROWS:
+        (x0, y0, *_), (x1, y1, *_) = BOXES[start], BOXES[end]
+        axis.annotate("", (x1, y1), (x0 + WIDTH, y0), arrowprops={"arrowstyle": "->", "color": "0.4"})
+    for name in ("norm", "norm ", "head"):  # they read the stream
+        x = BOXES[name][0] + WIDTH / 2
+        axis.annotate("", (x, -HEIGHT / 2), (x, STREAM), arrowprops={"arrowstyle": "->", "color": "0.4"})
+    for name in ("embed", "o", "down"):  # they add to it
+        x = BOXES[name][0] + WIDTH / 2
+        axis.annotate("", (x, STREAM), (x, -HEIGHT / 2), arrowprops={"arrowstyle": "->", "color": "0.4"})
+    for name, x, y in (("R3", 4.4, 0.42), ("R4", 11.45, 0)):
+        axis.plot(x, y, "D", ms=9, color=COLOURS[name], zorder=3)
+        axis.text(x, y + 0.3, name, ha="center", color=COLOURS[name], weight="bold")
+    for i, (name, text) in enumerate(KEY.items()):
+        axis.text(0.1 + 8.0 * (i % 2), 2.0 - 0.45 * (i // 2), text, color=COLOURS[name], fontsize=9)
+    axis.set(xlim=(-0.2, 15.8), ylim=(-2.3, 2.4))
+    axis.axis("off")
+    return figure
 
 
 def _box(axis, name: str, x: float, y: float, into: str | None, out: str | None) -> None:

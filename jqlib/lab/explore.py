@@ -167,9 +167,8 @@ class Explorer:
         grid.x, grid.y = np.tile([-8, len(y) + 7, np.nan], len(points)), np.repeat(points, 3)
         for of, mask in zip(dots, (zeros, ~zeros), strict=True):
             of.x, of.y = np.flatnonzero(mask), y[mask]
-        figure.layout.annotations[
-            side
-        ].text = f"{escape(label)}: {zeros.mean():.0%} become 0, error {error[token]:.2f}%"
+        title = figure.layout.annotations[side]
+        title.text = f"{escape(label)}: {zeros.mean():.0%} become 0, error {error[token]:.2f}%"
 
 
 def _empty_figure():

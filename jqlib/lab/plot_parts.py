@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -12,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import from_numpy
 
-from jqlib.lab.plots import plain_decades
-from jqlib.lab.style import colour_of, styled
+from jqlib.lab.plots import forest
+from jqlib.lab.style import colour_of, plain_decades, styled
 from jqlib.transform.grids import round_to_nearest
 
 Pair = tuple[Sequence[float], Sequence[float]]  # before and after
@@ -22,111 +21,89 @@ PARTS = {"activations": "#CC79A7", "weights": "#56B4E9", "both": "#333333"}
 FAR = 4  # so many times further out than the rest, and a value is written instead of drawn
 
 
+@styled()
 def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[str, float]]) -> Figure:
     """Relative errors over α, in per cent, log axis: a panel per name, a line per column ("weights", "weights, rms").
 
     What follows a comma in a column's name is drawn dashed. ``none``: the same errors without smoothing, at the left.
     """
-    with styled():
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.9), sharey=True, squeeze=False)
-        for axis, (name, table) in zip(axes[0], panels.items(), strict=True):
-            for column, errors in table.items():
-                part, _, how = column.partition(", ")
-                look = {"color": PARTS[part], "ls": "--" if how else "-", "marker": "o", "ms": 3}
-                axis.plot(table.index, 100 * errors, **look, label=column)
-            for part, error in none[name].items():
-                axis.plot(-0.15, 100 * error, "D", ms=5, color=PARTS[part])
-            axis.axvline(-0.07, color="0.8", lw=0.8)
-            axis.set(title=name, xlabel="α", yscale="log", xlim=(-0.24, 1.05))
-            axis.set_xticks([-0.15, 0, 0.25, 0.5, 0.75, 1], ["none", "0", "0.25", "0.5", "0.75", "1"])
-            _plain(axis.yaxis)
-        axes[0, 0].set_ylabel("error at the output (%)")
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncol=2)
-        return figure
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.9 * len(panels), 3.9), sharey=True, squeeze=False)
+    for axis, (name, table) in zip(axes[0], panels.items(), strict=True):
+        for column, errors in table.items():
+            part, _, how = column.partition(", ")
+            look = {"color": PARTS[part], "ls": "--" if how else "-", "marker": "o", "ms": 3}
+            axis.plot(table.index, 100 * errors, **look, label=column)
+        for part, error in none[name].items():
+            axis.plot(-0.15, 100 * error, "D", ms=5, color=PARTS[part])
+        axis.axvline(-0.07, color="0.8", lw=0.8)
+        axis.set(title=name, xlabel="α", yscale="log", xlim=(-0.24, 1.05))
+        axis.set_xticks([-0.15, 0, 0.25, 0.5, 0.75, 1], ["none", "0", "0.25", "0.5", "0.75", "1"])
+        plain_decades(axis.yaxis)
+    axes[0, 0].set_ylabel("error at the output (%)")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncol=2)
+    return figure
 
 
+@styled()
 def weight_group(groups: Mapping[str, np.ndarray], bits: int) -> Figure:
     """Weights that share a scale, each divided by it: one shared axis in steps of the grid. Those in the grey band
     become 0."""
-    with styled():
-        figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.6), sharey=True, squeeze=False)
-        for axis, (name, group) in zip(axes[0], groups.items(), strict=True):
-            rounded, scale = round_to_nearest(from_numpy(group)[None], bits, len(group))
-            zero, steps = rounded[0].numpy() == 0, group / abs(scale.item())
-            axis.axhspan(-0.5, 0.5, color="0.9", lw=0)
-            for lost, colour in ((True, "0.55"), (False, PARTS["weights"])):
-                axis.plot(np.flatnonzero(zero == lost), steps[zero == lost], "o", ms=4, color=colour)
-            axis.set(
-                title=f"{name}\n{zero.mean():.0%} of its {len(group)} weights become 0", xlabel="channel of the group"
-            )
-            axis.grid(False)
-        axes[0, 0].set_ylabel("weight / step of its grid")
-        return figure
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.6), sharey=True, squeeze=False)
+    for axis, (name, group) in zip(axes[0], groups.items(), strict=True):
+        rounded, scale = round_to_nearest(from_numpy(group)[None], bits, len(group))
+        zero, steps = rounded[0].numpy() == 0, group / abs(scale.item())
+        axis.axhspan(-0.5, 0.5, color="0.9", lw=0)
+        for lost, colour in ((True, "0.55"), (False, PARTS["weights"])):
+            axis.plot(np.flatnonzero(zero == lost), steps[zero == lost], "o", ms=4, color=colour)
+        axis.set(title=f"{name}\n{zero.mean():.0%} of its {len(group)} weights become 0", xlabel="channel of the group")
+        axis.grid(False)
+    axes[0, 0].set_ylabel("weight / step of its grid")
+    return figure
 
 
+@styled()
 def before_and_after(panels: Mapping[str, Mapping[str, Pair]], ylabel: str) -> Figure:
     """By layer, log axis: a panel per name, a colour per part ("activations", "weights"), before (dashed) and after."""
-    with styled():
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.9), sharey=True, squeeze=False)
-        for axis, (name, parts) in zip(axes[0], panels.items(), strict=True):
-            for part, pair in parts.items():
-                for when, values, dash in zip(("before", "after"), pair, ("--", "-"), strict=True):
-                    axis.plot(values, dash, marker="o", ms=3, color=PARTS[part], label=f"{part}, {when}")
-            axis.set(title=name, xlabel="layer", yscale="log")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            _plain(axis.yaxis)
-        axes[0, 0].set_ylabel(ylabel)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
-        return figure
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.9), sharey=True, squeeze=False)
+    for axis, (name, parts) in zip(axes[0], panels.items(), strict=True):
+        for part, pair in parts.items():
+            for when, values, dash in zip(("before", "after"), pair, ("--", "-"), strict=True):
+                axis.plot(values, dash, marker="o", ms=3, color=PARTS[part], label=f"{part}, {when}")
+        axis.set(title=name, xlabel="layer", yscale="log")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        plain_decades(axis.yaxis)
+    axes[0, 0].set_ylabel(ylabel)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    return figure
 
 
+@styled()
 def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
     """ln(PPL/reference's), ``value`` with [``low``, ``high``], one row per ``label`` below its ``group``.
 
     ``band``: what chance does, nats to either side. Hollow: inside it, or the interval holds 0. Values that lie far
     out are written at the edge.
     """
-    groups = list(dict.fromkeys(table.group))
-    rows = [row for group in groups for row in [group, *table[table.group == group].itertuples()]]
-    values = table[["value", "low", "high"]].astype(float)
-    end = _edge(values.value.abs(), 2 * band)
-    shown = values[values.value.abs() <= end].to_numpy()
-    left, right = np.nanmin([*shown.flat, -band, -0.1 * end]), np.nanmax([*shown.flat, band, 0.1 * end])
-    left, right = left - 0.05 * (right - left), right + 0.15 * (right - left)  # room for the last one's number
-    with styled():
-        figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.32 * len(rows)))
-        if band:
-            axis.axvspan(-band, band, color="0.88", lw=0, label=f"luck: ±{band:.2f}")
-            axis.legend(loc="lower right", bbox_to_anchor=(1, 1))
-        axis.axvline(0, color="k", ls="--", lw=1)
-        for y, row in enumerate(rows):
-            if not isinstance(row, str):
-                _change(axis, y, row, band, left, right)
-        axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", xlim=(left, right))
-        axis.set(ylim=(len(rows) - 0.4, -0.6))
-        axis.set_yticks(range(len(rows)), [fill(row if isinstance(row, str) else row.label, 32) for row in rows])
-        for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
-            tick.set_fontweight("bold" if isinstance(row, str) else "normal")
-        axis.yaxis.grid(False)
-        return figure
+    rows = []  # a group's name alone, then a tuple for each of its changes
+    for group, of in table.groupby("group", sort=False):
+        rows += [(group,), *of[["label", "value", "low", "high"]].itertuples(index=False)]
+    figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.32 * len(rows)))
+    if band:
+        axis.axvspan(-band, band, color="0.88", lw=0, label=f"luck: ±{band:.2f}")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1))
+    least = max(2 * band, table.value.abs().quantile(interpolation="lower"))
+    forest(axis, {y: row for y, row in enumerate(rows) if len(row) > 1}, far=FAR, least=least, band=band,
+           beyond=lambda value: f"{value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})")  # fmt: skip
+    axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", ylim=(len(rows) - 0.4, -0.6))
+    axis.set_yticks(range(len(rows)), [fill(row[0], 32) for row in rows])
+    for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("normal" if len(row) > 1 else "bold")
+    axis.yaxis.grid(False)
+    return figure
 
 
-def _change(axis, y: int, row, band: float, left: float, right: float) -> None:
-    colour, value, text = colour_of(row.label) or PARTS["both"], float(row.value), {"va": "center", "fontsize": 9}
-    if not left <= value <= right:
-        edge, mark, side = (right, ">", "right") if value > 0 else (left, "<", "left")
-        axis.plot(edge, y, mark, color=colour, clip_on=False)
-        axis.text(edge, y, f"   {value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})   ", ha=side, **text)
-        return
-    clear = abs(value) > band and (math.isnan(row.low) or not row.low <= 0 <= row.high)
-    axis.errorbar(value, y, xerr=[[value - row.low], [row.high - value]], fmt="o", capsize=3, color=colour,
-                  mfc=colour if clear else "white")  # fmt: skip
-    behind = min(np.nanmax([value, row.high]) + 0.015 * (right - left), right - 0.08 * (right - left))
-    box = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
-    axis.text(behind, y, f"{value:+.2f}", bbox=box, **text)
-
-
+@styled()
 def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str, guessing: float) -> Figure:
     """Nats over bits, linear axis, a line per part, every value written: the largest of a place above its point.
 
@@ -135,50 +112,33 @@ def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str, guessing: 
     every = [value for values in lines.values() for value in values.values()]
     guessing = guessing if min(every) <= guessing else math.inf  # this model is worse itself
     top = max(0.05, 1.15 * max(value for value in every if value <= guessing))
-    with styled():
-        figure, axis = plt.subplots(figsize=(7.5, 4))
-        for part, values in lines.items():
-            bits = sorted(values)
-            axis.plot(bits, [values[b] for b in bits], marker="o", color=PARTS[part], label=part)
-            for b in bits:
-                above = part == max(lines, key=lambda name: lines[name].get(b, -math.inf))
-                place = {"xytext": (4, 6), "ha": "left"} if above else {"xytext": (-4, -14), "ha": "right"}
-                if values[b] > guessing:
-                    axis.plot(b, top, "^", color=PARTS[part], clip_on=False)
-                    place = {"xytext": (8, -6 if above else -20), "ha": "left"}
-                place |= {"textcoords": "offset points", "color": PARTS[part]}
-                axis.annotate(f"{values[b]:.2f}", (b, min(values[b], top)), **place)
-        axis.set(xlabel="bits (▲: worse than guessing)", ylabel=ylabel, ylim=(min(0, *every) - 0.1 * top, top))
-        axis.set_xticks(sorted({b for values in lines.values() for b in values}))
-        axis.axhline(0, color="k", ls="--", lw=1)
-        axis.margins(0.08)
-        axis.legend()
-        return figure
+    figure, axis = plt.subplots(figsize=(7.5, 4))
+    for part, values in lines.items():
+        bits = sorted(values)
+        axis.plot(bits, [values[b] for b in bits], marker="o", color=PARTS[part], label=part)
+        for b in bits:
+            above = part == max(lines, key=lambda name: lines[name].get(b, -math.inf))
+            place = {"xytext": (4, 6), "ha": "left"} if above else {"xytext": (-4, -14), "ha": "right"}
+            if values[b] > guessing:
+                axis.plot(b, top, "^", color=PARTS[part], clip_on=False)
+                place = {"xytext": (8, -6 if above else -20), "ha": "left"}
+            place |= {"textcoords": "offset points", "color": PARTS[part]}
+            axis.annotate(f"{values[b]:.2f}", (b, min(values[b], top)), **place)
+    axis.set(xlabel="bits (▲: worse than guessing)", ylabel=ylabel, ylim=(min(0, *every) - 0.1 * top, top))
+    axis.set_xticks(sorted({b for values in lines.values() for b in values}))
+    axis.axhline(0, color="k", ls="--", lw=1)
+    axis.margins(0.08)
+    axis.legend()
+    return figure
 
 
+@styled()
 def strip(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     """A row per name, a dot per seed, a bar at their mean."""
-    with styled():
-        figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(values)))
-        for y, (name, of) in enumerate(values.items()):
-            axis.plot(of, [y] * len(of), "o", ms=7, alpha=0.7, color=colour_of(name))
-            axis.plot(np.mean(of), y, "|", ms=18, mew=2, color="k")
-        axis.set(xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
-        axis.set_yticks(range(len(values)), values)
-        return figure
-
-
-def _edge(sizes: Sequence[float], least: float = 0.0) -> float:
-    """Where an axis ends: at the largest that is not `FAR` times further out than the one before it, ``least`` and half
-    of them."""
-    sizes = sorted(sizes)
-    least = max(least, sizes[(len(sizes) - 1) // 2])
-    return next(
-        (max(low, least) for low, high in pairwise(sizes) if high > FAR * max(low, least)), max(sizes[-1], least)
-    )
-
-
-def _plain(axis) -> None:
-    """1, 2, 5, 10, … along a logarithmic axis, and more on a short one."""
-    low, high = axis.get_view_interval()
-    plain_decades(axis, (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 5, 7))
+    figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(values)))
+    for y, (name, of) in enumerate(values.items()):
+        axis.plot(of, [y] * len(of), "o", ms=7, alpha=0.7, color=colour_of(name))
+        axis.plot(np.mean(of), y, "|", ms=18, mew=2, color="k")
+    axis.set(xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
+    axis.set_yticks(range(len(values)), values)
+    return figure

@@ -10,6 +10,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from jqlib.lab.plots import forest
 from jqlib.lab.style import colour_of, styled
 
 PANELS = {  # column -> what it is
@@ -17,9 +18,9 @@ PANELS = {  # column -> what it is
     "kl": "KL from FP, nats per token",
     "paired": "ln(PPL / QuaRot, best)",
 }
-LEAP = 2.0  # a value beyond 1 nat that is so many times the next smaller one is broken off
 
 
+@styled()
 def fidelity(table: pd.DataFrame, label: str, groups: str) -> Figure:
     """A panel per column of PANELS in the table, with its interval (``gap_low`` …): one row per line, those of a group
     together, the best at the top. Values far beyond the others are broken off and written at the edge.
@@ -28,46 +29,20 @@ def fidelity(table: pd.DataFrame, label: str, groups: str) -> Figure:
     first = table[groups] != table[groups].shift()
     lines = np.arange(len(table)) + first.cumsum() - 1  # one free above each group
     panels = [name for name in PANELS if name in table and table[name].notna().any()]
-    with styled():
-        size = (2.2 + 2.5 * len(panels), 1.4 + 0.34 * (lines.max() + 1))
-        figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
-        for axis, name in zip(axes[0], panels, strict=True):
-            columns = [table[column].to_numpy(float) for column in (name, f"{name}_low", f"{name}_high")]
-            edge = _edge(columns[0])
-            for y, method, *found in zip(lines, table[label], *columns, strict=True):
-                _line(axis, y, colour_of(method), found, edge)
-            axis.axvline(0, color="k", lw=1)
-            left = 1.1 * min(0, np.nanmin(columns[:2]))
-            axis.set(xlabel=PANELS[name], xlim=(left, edge + 0.3 * (edge - left)))
-        axes[0, 0].set(yticks=lines, yticklabels=table[label].map(short), ylim=(lines.max() + 0.6, -1.3))
-        for y, kind in zip(lines[first], table[groups][first], strict=True):
-            axes[0, 0].text(0, y - 0.8, f" {kind}", fontsize=9, style="italic", va="center")
-        return figure
-
-
-def _line(axis, y: float, colour: str | None, found: tuple[float, float, float], edge: float) -> None:
-    """A value with its interval, or, beyond the edge, an arrow there."""
-    value, low, high = found
-    if np.isnan(value):
-        return
-    if value > edge:
-        axis.plot([edge * 1.08], [y], ">", color=colour)
-        _beside(axis, edge * 1.08, y, value)
-        return
-    axis.plot([low, high], [y, y], color=colour, lw=4, alpha=0.4, solid_capstyle="butt")
-    axis.plot([value], [y], "o", color=colour, ms=5)
-    _beside(axis, np.nanmax([value, high]), y, value)
+    size = (2.2 + 2.5 * len(panels), 1.4 + 0.34 * (lines.max() + 1))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], panels, strict=True):
+        found = table[[label, name, f"{name}_low", f"{name}_high"]].set_index(lines).dropna(subset=name)
+        forest(axis, dict(zip(found.index, found.itertuples(index=False), strict=True)), "{:.2f}", far=2, least=0.5)
+        axis.set(xlabel=PANELS[name])
+    axes[0, 0].set(yticks=lines, yticklabels=table[label].map(short), ylim=(lines.max() + 0.6, -1.3))
+    for y, kind in zip(lines[first], table[groups][first], strict=True):
+        axes[0, 0].text(0, y - 0.8, f" {kind}", fontsize=9, style="italic", va="center")
+    return figure
 
 
 def _beside(axis, x: float, y: float, value: float) -> None:
     axis.annotate(f"{value:.2f}", (x, y), (7, 0), textcoords="offset points", va="center", fontsize=9)
-
-
-def _edge(values: Sequence[float]) -> float:
-    """The largest value that belongs to the others: none beyond it is less than LEAP times the next smaller one."""
-    kept = sorted(value for value in values if not np.isnan(value))
-    leaps = [i for i in range(1, len(kept)) if kept[i] > 1 and kept[i] > LEAP * kept[i - 1]]
-    return max(kept[leaps[0] - 1] if leaps else kept[-1], 1e-3)
 
 
 def short(name: str) -> str:
@@ -75,6 +50,7 @@ def short(name: str) -> str:
     return re.sub(r" \(.*?\)| \+ GPTQ|:.*", "", name)
 
 
+@styled()
 def road(
     costs: Mapping[str, float], xlabel: str, *, luck: float = 0.0, closed: str = "", since: str = "",
     beside: Mapping[str, float] | None = None,
@@ -88,23 +64,22 @@ def road(
     names, values = list(costs), np.array(list(costs.values()))
     others = dict(beside or {})
     edge = 1.1 * max(*values[1:], *others.values(), 1e-3)
-    with styled():
-        figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.48 * (len(names) + len(others) + bool(closed))))
-        _start(axis, values[0], edge)
-        for y in range(1, len(values)):
-            _step(axis, y, values, edge, luck)
-        for y, (name, value) in enumerate(others.items(), len(names)):
-            axis.plot([value], [y], "D", color=colour_of(name))
-            _beside(axis, value, y, value)
-        if closed:
-            y, start = len(names) + len(others) - 0.1, costs[since]
-            axis.annotate("", (values[-1], y), (start, y), arrowprops={"arrowstyle": "->", "lw": 2})
-            axis.text(start + 0.03 * edge, y, closed, va="center")
-        axis.axvline(0, color="k", lw=1.5)
-        rows = [*names, *others]
-        axis.set(xlabel=xlabel, xlim=(min(0, 1.1 * values.min()), edge * 1.12), yticks=range(len(rows)),
-                 yticklabels=rows, ylim=(len(rows) - 0.3 + 0.7 * bool(closed), -0.6))  # fmt: skip
-        return figure
+    figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.48 * (len(names) + len(others) + bool(closed))))
+    _start(axis, values[0], edge)
+    for y in range(1, len(values)):
+        _step(axis, y, values, edge, luck)
+    for y, (name, value) in enumerate(others.items(), len(names)):
+        axis.plot([value], [y], "D", color=colour_of(name))
+        _beside(axis, value, y, value)
+    if closed:
+        y, start = len(names) + len(others) - 0.1, costs[since]
+        axis.annotate("", (values[-1], y), (start, y), arrowprops={"arrowstyle": "->", "lw": 2})
+        axis.text(start + 0.03 * edge, y, closed, va="center")
+    axis.axvline(0, color="k", lw=1.5)
+    rows = [*names, *others]
+    axis.set(xlabel=xlabel, xlim=(min(0, 1.1 * values.min()), edge * 1.12), yticks=range(len(rows)),
+             yticklabels=rows, ylim=(len(rows) - 0.3 + 0.7 * bool(closed), -0.6))  # fmt: skip
+    return figure
 
 
 def _start(axis, value: float, edge: float) -> None:
@@ -128,71 +103,70 @@ def _step(axis, y: int, values: Sequence[float], edge: float, luck: float) -> No
     axis.text(max(was, value) + luck, y, f" {change:+.2f}".replace("-", "−"), va="center", fontsize=9)
 
 
+@styled()
 def by_position(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """What a token costs beyond FP by where it stands in its window: `told.by_position`'s table of each method, a bar
     for one standard error over windows.
     """
-    with styled():
-        figure, axis = plt.subplots(figsize=(7.5, 3.6))
-        for name, table in tables.items():
-            middle = np.sqrt(table["first"] * table["last"])
-            axis.errorbar(middle, table.extra, yerr=table.error, fmt="o-", capsize=3, label=name, color=colour_of(name))
-        axis.axhline(0, color="k", lw=1)
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(xlabel="position in the window, tokens (log)", ylabel="loss beyond FP's,\nnats per token")
-        axis.legend(loc="best")
-        return figure
+    figure, axis = plt.subplots(figsize=(7.5, 3.6))
+    for name, table in tables.items():
+        middle = np.sqrt(table["first"] * table["last"])
+        axis.errorbar(middle, table.extra, yerr=table.error, fmt="o-", capsize=3, label=name, color=colour_of(name))
+    axis.axhline(0, color="k", lw=1)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.set(xlabel="position in the window, tokens (log)", ylabel="loss beyond FP's,\nnats per token")
+    axis.legend(loc="best")
+    return figure
 
 
+@styled()
 def over_depth(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """How far hidden states are off behind every layer, in per cent: a panel per kind of token, a line per method."""
-    with styled():
-        figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.4), squeeze=False, sharey=True)
-        for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
-            for name, values in lines.items():
-                axis.plot(range(1, len(values) + 1), values, label=name, color=colour_of(name))
-            axis.set(title=title, xlabel="behind layer", ylim=(0, None))
-            axis.yaxis.set_major_formatter(PercentFormatter(1))
-        axes[0, 0].set_ylabel("‖h − h of FP‖ / ‖h of FP‖")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
-        return figure
+    figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.4), squeeze=False, sharey=True)
+    for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, values in lines.items():
+            axis.plot(range(1, len(values) + 1), values, label=name, color=colour_of(name))
+        axis.set(title=title, xlabel="behind layer", ylim=(0, None))
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    axes[0, 0].set_ylabel("‖h − h of FP‖ / ‖h of FP‖")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    return figure
 
 
+@styled()
 def sites(table: pd.DataFrame) -> Figure:
     """The KL that one rounded site costs: layers across, kinds of site down; each cell's number is in millinats."""
-    with styled():
-        figure, axis = plt.subplots(figsize=(8, 2.6))
-        image = axis.imshow(1e3 * table.T, aspect="auto", norm=PowerNorm(0.5, 0))
-        axis.set(xlabel="layer", yticks=range(table.shape[1]), yticklabels=table.columns, ylabel="site")
-        axis.grid(False)
-        figure.colorbar(image, label="KL, 1/1000 nats\nper token (square root)")
-        return figure
+    figure, axis = plt.subplots(figsize=(8, 2.6))
+    image = axis.imshow(1e3 * table.T, aspect="auto", norm=PowerNorm(0.5, 0))
+    axis.set(xlabel="layer", yticks=range(table.shape[1]), yticklabels=table.columns, ylabel="site")
+    axis.grid(False)
+    figure.colorbar(image, label="KL, 1/1000 nats\nper token (square root)")
+    return figure
 
 
+@styled()
 def attention_maps(maps: Mapping[str, np.ndarray]) -> Figure:
     """Who looks at whom, (tokens, tokens) each: rows look, columns are looked at."""
-    with styled():
-        figure, axes = plt.subplots(1, len(maps), figsize=(1.9 * len(maps) + 0.9, 2.7), squeeze=False, sharey=True)
-        for axis, (name, table) in zip(axes[0], maps.items(), strict=True):
-            image = axis.imshow(np.where(np.tri(len(table)) > 0, table, np.nan), norm=PowerNorm(0.5, 0, 1))
-            axis.set(title=name, xlabel="token looked at")
-            axis.grid(False)
-        axes[0, 0].set_ylabel("token that looks")
-        bar = figure.colorbar(image, ax=axes, label="attention")
-        bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
-        bar.ax.yaxis.set_minor_formatter(NullFormatter())
-        return figure
+    figure, axes = plt.subplots(1, len(maps), figsize=(1.9 * len(maps) + 0.9, 2.7), squeeze=False, sharey=True)
+    for axis, (name, table) in zip(axes[0], maps.items(), strict=True):
+        image = axis.imshow(np.where(np.tri(len(table)) > 0, table, np.nan), norm=PowerNorm(0.5, 0, 1))
+        axis.set(title=name, xlabel="token looked at")
+        axis.grid(False)
+    axes[0, 0].set_ylabel("token that looks")
+    bar = figure.colorbar(image, ax=axes, label="attention")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    return figure
 
 
+@styled()
 def learning(curves: Mapping[str, Sequence[float]]) -> Figure:
     """A loss per step of learning, a line each: `before`, of the same text by the model as it was, and after."""
-    with styled():
-        figure, axis = plt.subplots(figsize=(7.5, 3.2))
-        for (name, values), look in zip(curves.items(), ("o--", "o-"), strict=False):
-            axis.plot(range(1, len(values) + 1), values, look, ms=4, label=name,
-                      color=colour_of("RTN" if look == "o--" else "JointQuant, best"))  # fmt: skip
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set(xlabel="step (each on other text)", ylabel="KL from FP,\nnats per token", ylim=(0, None))
-        axis.legend()
-        return figure
+    figure, axis = plt.subplots(figsize=(7.5, 3.2))
+    for (name, values), look, like in zip(curves.items(), ("o--", "o-"), ("RTN", "JointQuant, best"), strict=True):
+        axis.plot(range(1, len(values) + 1), values, look, ms=4, label=name, color=colour_of(like))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set(xlabel="step (each on other text)", ylabel="KL from FP,\nnats per token", ylim=(0, None))
+    axis.legend()
+    return figure

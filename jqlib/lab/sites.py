@@ -7,67 +7,61 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
-from jqlib.lab.style import KINDS, colour_of, styled
+from jqlib.lab.style import KINDS, colour_of, plain_decades, styled
 
 
+@styled()
 def outlier_lines(tables: Mapping[str, pd.DataFrame], gaussian: str) -> Figure:
     """Tables of layers × kinds of site, a line per kind on a log axis, one panel each; in that named ``gaussian`` the
     dashed line is 3. The layers of ``down``'s two highest values are marked."""
-    with styled():
-        figure, axes = plt.subplots(1, len(tables), figsize=(7.5, 4), squeeze=False)
-        for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
-            for kind in table:
-                axis.semilogy(table.index, table[kind], "o-", ms=3, lw=1.3, color=KINDS[kind], label=kind)
-            for layer in table["down"].nlargest(2).index:
-                axis.annotate(f"layer {layer} ", (layer, table["down"][layer]), ha="right", va="center", fontsize=9)
-            if name == gaussian:
-                axis.axhline(3, color="k", ls="--", lw=1)
-                axis.text(table.index[-1], 3.2, "a Gaussian's 3", va="bottom", ha="right", fontsize=9)
-                axis.set_ylim(2, None)
-            axis.set(title=name, xlabel="layer")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
-        return figure
+    figure, axes = plt.subplots(1, len(tables), figsize=(7.5, 4), squeeze=False)
+    for axis, (name, table) in zip(axes[0], tables.items(), strict=True):
+        for kind in table:
+            axis.semilogy(table.index, table[kind], "o-", ms=3, lw=1.3, color=KINDS[kind], label=kind)
+        for layer in table["down"].nlargest(2).index:
+            axis.annotate(f"layer {layer} ", (layer, table["down"][layer]), ha="right", va="center", fontsize=9)
+        if name == gaussian:
+            axis.axhline(3, color="k", ls="--", lw=1)
+            axis.text(table.index[-1], 3.2, "a Gaussian's 3", va="bottom", ha="right", fontsize=9)
+            axis.set_ylim(2, None)
+        axis.set(title=name, xlabel="layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
+    return figure
 
 
+@styled()
 def dumbbells(before: pd.DataFrame, after: pd.DataFrame, gaussian: float, xlabel: str) -> Figure:
     """Errors of layers × kinds of site, before and after a rotation, as shares: small dots are layers, large ones their
     means; a dotted line at a ``gaussian``'s."""
-    high = 100 * max(before.max().max(), after.max().max()) or 1.0
-    low = max(100 * min(before.min().min(), after.min().min()), 1e-6 * high)
-    with styled():
-        figure, axis = plt.subplots(figsize=(7.5, 3.2))
-        for y, kind in enumerate(before):
-            ends = 100 * before[kind].mean(), 100 * after[kind].mean()
-            axis.plot(ends, (y, y), color="0.75", lw=2, zorder=1)
-            for name, values in (("as it is", before[kind]), ("Hadamard", after[kind])):
-                axis.plot(100 * values, np.full(len(values), y + 0.22), ".", ms=4, alpha=0.4, color=colour_of(name))
-            for name, end in zip(("as it is", "Hadamard"), ends, strict=True):
-                label = {"as it is": "as it is", "Hadamard": "rotated (Hadamard)"}[name] if y == 0 else None
-                axis.plot(end, y, "o", ms=8, color=colour_of(name), label=label)
-                axis.annotate(f"{end:.2g}%", (end, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
-        axis.axvline(100 * gaussian, color="k", ls=":", lw=1, label=f"a Gaussian: {gaussian:.1%}")
-        axis.set(xscale="log", xlabel=xlabel, xlim=(0.8 * low, 1.25 * high), ylim=(len(before.columns) - 0.5, -0.6))
-        axis.set_yticks(range(len(before.columns)), before.columns)
-        ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low < tick < high]
-        axis.xaxis.set_major_locator(FixedLocator(ticks))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        figure.legend(loc="outside lower center", ncol=3)
-        return figure
+    both = {"as it is": 100 * before, "rotated (Hadamard)": 100 * after}
+    figure, axis = plt.subplots(figsize=(7.5, 3.2))
+    for y, kind in enumerate(before):
+        axis.plot([of[kind].mean() for of in both.values()], (y, y), color="0.75", lw=2, zorder=1)
+        for name, of in both.items():
+            colour, mean = colour_of(name), of[kind].mean()
+            axis.plot(of[kind], np.full(len(of), y + 0.22), ".", ms=4, alpha=0.4, color=colour)
+            axis.plot(mean, y, "o", ms=8, color=colour, label=name if y == 0 else None)
+            axis.annotate(f"{mean:.2g}%", (mean, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
+    axis.axvline(100 * gaussian, color="k", ls=":", lw=1, label=f"a Gaussian: {gaussian:.1%}")
+    axis.set(xscale="log", xlabel=xlabel, ylim=(before.shape[1] - 0.5, -0.6))
+    axis.set_yticks(range(before.shape[1]), before.columns)
+    plain_decades(axis.xaxis)
+    figure.legend(loc="outside lower center", ncol=3)
+    return figure
 
 
+@styled()
 def attention_map(attention: np.ndarray, words: Sequence[str], title: str) -> Figure:
     """One head's attention, (tokens, tokens): rows look at columns, each row sums to 1; log colours from 0.1%."""
-    with styled():
-        figure, axis = plt.subplots(figsize=(6.4, 5.6))
-        seen = np.where(np.tri(len(attention), dtype=bool), 100 * attention, np.nan)
-        image = axis.imshow(seen, norm=LogNorm(0.1, 100, clip=True), cmap="cividis")
-        axis.set(title=title, xlabel="is looked at", ylabel="looks")
-        for set_ticks, rotation in ((axis.set_xticks, 90), (axis.set_yticks, 0)):
-            set_ticks(range(len(words)), words, fontsize=7, rotation=rotation, parse_math=False)
-        axis.grid(False)
-        figure.colorbar(image, ax=axis, label="share of a row's attention (%)", shrink=0.8)
-        return figure
+    figure, axis = plt.subplots(figsize=(6.4, 5.6))
+    seen = np.where(np.tri(len(attention), dtype=bool), 100 * attention, np.nan)
+    image = axis.imshow(seen, norm=LogNorm(0.1, 100, clip=True), cmap="cividis")
+    axis.set(title=title, xlabel="is looked at", ylabel="looks")
+    for set_ticks, rotation in ((axis.set_xticks, 90), (axis.set_yticks, 0)):
+        set_ticks(range(len(words)), words, fontsize=7, rotation=rotation, parse_math=False)
+    axis.grid(False)
+    figure.colorbar(image, ax=axis, label="share of a row's attention (%)", shrink=0.8)
+    return figure

@@ -1,6 +1,5 @@
 """Two of the road's steps from near: GPTQ on one layer's weights, and what `tune` learns and moves."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -83,8 +82,12 @@ def moved(before: nn.Module, after: nn.Module) -> pd.DataFrame:
     """By how much two rounded models differ in what is stored beside the integers: per kind of number, how many there
     are, and the median, the 99th percentile and the largest of their relative changes.
     """
-    kinds = {"scales of weight groups": _scales, "gains of norms": _gains, "clips": _clips}
-    return pd.DataFrame({kind: _change(of(before), of(after)) for kind, of in kinds.items() if of(before)}).T
+    old, new = _numbers(before), _numbers(after)
+    ratios = {kind: ((new[kind] - old[kind]) / old[kind]).abs() for kind in old}
+    return pd.DataFrame({
+        kind: {"numbers": len(ratio), "median": ratio.median().item(), "99%": ratio.quantile(0.99).item(),
+               "largest": ratio.max().item()} for kind, ratio in ratios.items()
+    }).T  # fmt: skip
 
 
 def same_codes(one: nn.Module, other: nn.Module) -> bool:
@@ -98,20 +101,11 @@ def _energy(W: Tensor, H: Tensor) -> Tensor:
     return ((W @ H) * W).sum()
 
 
-def _scales(model: nn.Module) -> list[Tensor]:
-    return [*scales_of(model).values()]
-
-
-def _gains(model: nn.Module) -> list[Tensor]:
-    return [norm.weight for norm in (*norms_of(model).values(), model.get_submodule(family_of(model).final_norm))]
-
-
-def _clips(model: nn.Module) -> list[Tensor]:
-    return [transform.grid.clip for transform in standing(model).values() if transform.rounds]
-
-
-def _change(before: Sequence[Tensor], after: Sequence[Tensor]) -> dict[str, float]:
-    old, new = (torch.cat([tensor.detach().flatten().double() for tensor in it]) for it in (before, after))
-    ratio = ((new - old) / old).abs()
-    return {"numbers": len(ratio), "median": ratio.median().item(), "99%": ratio.quantile(0.99).item(),
-            "largest": ratio.max().item()}  # fmt: skip
+def _numbers(model: nn.Module) -> dict[str, Tensor]:
+    """What is stored beside the integers, by kind, each in one row."""
+    norms = (*norms_of(model).values(), model.get_submodule(family_of(model).final_norm))
+    found = {
+        "scales of weight groups": scales_of(model).values(), "gains of norms": [norm.weight for norm in norms],
+        "clips": [transform.grid.clip for transform in standing(model).values() if transform.rounds],
+    }  # fmt: skip
+    return {kind: torch.cat([x.detach().flatten().double() for x in of]) for kind, of in found.items() if of}

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -39,31 +38,31 @@ def ordinary_loss(x: Tensor, R: Tensor | None, bits: int) -> Tensor:
     return lost.gather(1, ordinary).square().sum(1) / x.gather(1, ordinary).square().sum(1)
 
 
+@styled()
 def one_token(x: Tensor, R: Tensor, bits: int = 4) -> Figure:
     """A token, (n,), as it is and rotated by ``R``: all of it on one axis, and the same enlarged to the rotated one's
     range; lines are the grid, colours say what becomes 0."""
     turned = x @ R
     losses = {"as it is": ordinary_loss(x[None], None, bits), "rotated": ordinary_loss(x[None], R, bits)}
     near = 1.15 * turned.abs().max().item()
-    with styled():
-        figure, axes = plt.subplots(2, 2, figsize=(7.5, 5.6), sharex=True, sharey="row", height_ratios=(3, 2))
-        for (far_axis, near_axis), (name, lost), y in zip(axes.T, losses.items(), (x, turned), strict=True):
-            y = y.numpy()
-            zeros = zeroed(y, bits)
-            _draw(far_axis, y, bits, zeros)
-            _draw(near_axis, y, bits, zeros)
-            error = rounding_errors(torch.from_numpy(y)[None], bits).item()
-            far_axis.set_title(f"{name}: {zeros.sum()} of {len(y)} numbers become 0 ({zeros.mean():.0%})\n"
-                               f"error {error:.1%}; ordinary channels lose {lost.item():.0%}",
-                               fontsize=9.5)  # fmt: skip
-            near_axis.set(xlabel="channel", ylim=(-near, near))
-        axes[0, 0].set_ylabel("value")
-        axes[1, 0].set_ylabel("value, enlarged")
-        handles = [plt.Line2D([], [], color=c, ls="", marker="o", ms=4) for c in (KEPT, ZEROED)]
-        handles += [plt.Line2D([], [], color=GRID)] if bits <= MOST_LINES else []
-        said = ["keeps a value", "becomes 0", f"the {2**bits} points of the grid"]
-        figure.legend(handles, said[: len(handles)], loc="outside lower center", ncol=3)
-        return figure
+    figure, axes = plt.subplots(2, 2, figsize=(7.5, 5.6), sharex=True, sharey="row", height_ratios=(3, 2))
+    for (far_axis, near_axis), (name, lost), y in zip(axes.T, losses.items(), (x, turned), strict=True):
+        y = y.numpy()
+        zeros = zeroed(y, bits)
+        _draw(far_axis, y, bits, zeros)
+        _draw(near_axis, y, bits, zeros)
+        error = rounding_errors(torch.from_numpy(y)[None], bits).item()
+        far_axis.set_title(f"{name}: {zeros.sum()} of {len(y)} numbers become 0 ({zeros.mean():.0%})\n"
+                           f"error {error:.1%}; ordinary channels lose {lost.item():.0%}",
+                           fontsize=9.5)  # fmt: skip
+        near_axis.set(xlabel="channel", ylim=(-near, near))
+    axes[0, 0].set_ylabel("value")
+    axes[1, 0].set_ylabel("value, enlarged")
+    handles = [plt.Line2D([], [], color=c, ls="", marker="o", ms=4) for c in (KEPT, ZEROED)]
+    handles += [plt.Line2D([], [], color=GRID)] if bits <= MOST_LINES else []
+    said = ["keeps a value", "becomes 0", f"the {2**bits} points of the grid"]
+    figure.legend(handles, said[: len(handles)], loc="outside lower center", ncol=3)
+    return figure
 
 
 def _draw(axis, y: np.ndarray, bits: int, zeros: np.ndarray) -> None:
@@ -78,23 +77,14 @@ class Turning:
     """The frames of `jqlib.lab.geodesic.film`: a token at some t, on the axis of its start and on that of its end."""
 
     def __init__(self, start: np.ndarray, end: np.ndarray, bits: int):
-        self.bits, most, near = bits, 1.06 * np.abs(start).max(), 1.2 * np.abs(end).max()
+        self.bits, self.limits = bits, (1.06 * np.abs(start).max(), 1.2 * np.abs(end).max())
         with styled():
             self.figure, self.axes = plt.subplots(1, 2, figsize=(7.5, 3.6), layout="none")
             self.figure.subplots_adjust(0.09, 0.14, 0.985, 0.8, wspace=0.17)
-            for axis, limit, title in zip(self.axes, (most, near), ("all of it", "enlarged"), strict=True):
-                axis.set(xlabel="channel", ylim=(-limit, limit), xlim=(-8, len(start) + 7))
-                axis.set_title(title, fontsize=10)
-                axis.grid(False)
-            self.axes[0].set_ylabel("value")
-            self.drawn = [self._empty(axis) for axis in self.axes]
             self.head = self.figure.suptitle("", fontsize=11.5, y=0.97)
         plt.close(self.figure)
 
-    def _empty(self, axis):
-        lines = axis.add_collection(LineCollection([], colors=GRID, linewidths=0.8, zorder=0))
-        return lines, *(axis.plot([], [], ".", ms=3, color=colour)[0] for colour in (ZEROED, KEPT))
-
+    @styled()
     def show(self, y: np.ndarray, t: float) -> None:
         """The frame of a token, (n,), that is the share ``t`` of the way."""
         zeros = zeroed(y, self.bits)
@@ -102,35 +92,37 @@ class Turning:
         ends = {0.0: "as it is", 1.0: "rotated"}
         self.head.set_text(f"{ends.get(t, f'{t:.0%} of the way to R')}:  {zeros.mean():.0%} of its {len(y)} numbers "
                            f"become 0 (orange),  error {error:.1%}")  # fmt: skip
-        for lines, *dots in self.drawn:
-            lines.set_segments([[(-8, level), (len(y) + 7, level)] for level in levels(y, self.bits)])
-            for mask, of in zip((zeros, ~zeros), dots, strict=True):
-                of.set_data(np.flatnonzero(mask), y[mask])
+        for axis, limit, title in zip(self.axes, self.limits, ("all of it", "enlarged"), strict=True):
+            axis.clear()
+            _draw(axis, y, self.bits, zeros)
+            axis.set(xlabel="channel", ylim=(-limit, limit), xlim=(-8, len(y) + 7))
+            axis.set_title(title, fontsize=10)
+        self.axes[0].set_ylabel("value")
 
 
+@styled()
 def explored(sides: Mapping[str, tuple[Tensor, np.ndarray]], words: Sequence[str], token: int, bits: int) -> Figure:
     """The explorer's still: each token's error, and one token, under two rotations. ``sides``: by name, the errors of
     all tokens, (tokens,), and the chosen token's numbers, (n,)."""
-    with styled():
-        figure, axes = plt.subplot_mosaic("AA;BC", figsize=(9, 5.4), height_ratios=(2, 3))
-        for (name, (error, _)), marker in zip(sides.items(), ("o", "s"), strict=True):
-            shown = 100 * error.numpy()
-            axes["A"].plot(shown, marker, ms=2.5, color=colour_of(name), label=f"{name}: mean {error.mean():.2%}")
-            axes["A"].plot(token, shown[token], marker, ms=8, mfc="none", color=colour_of(name) or "k")
-        axes["A"].set(xlabel="token", ylabel=f"{bits}-bit error (%)", ylim=(0, None))
-        axes["A"].set_title(f"chosen: token {token}, {shortened(words[token])}", parse_math=False)
-        axes["A"].set_ylim(0, 1.3 * axes["A"].get_ylim()[1])
-        axes["A"].legend(loc="upper right", ncol=2, markerscale=3)
-        most = 1.06 * max(np.abs(y).max() for _, y in sides.values())
-        for key, (name, (error, y)) in zip("BC", sides.items(), strict=True):
-            zeros = zeroed(y, bits)
-            _draw(axes[key], y, bits, zeros)
-            axes[key].set_title(f"{name}: {zeros.mean():.0%} become 0, error {error[token]:.2%}", fontsize=10)
-            axes[key].set(xlabel="channel", ylim=(-most, most))
-        axes["B"].set_ylabel("value")
-        return figure
+    figure, axes = plt.subplot_mosaic("AA;BC", figsize=(9, 5.4), height_ratios=(2, 3))
+    for (name, (error, _)), marker in zip(sides.items(), ("o", "s"), strict=True):
+        shown = 100 * error.numpy()
+        axes["A"].plot(shown, marker, ms=2.5, color=colour_of(name), label=f"{name}: mean {error.mean():.2%}")
+        axes["A"].plot(token, shown[token], marker, ms=8, mfc="none", color=colour_of(name) or "k")
+    axes["A"].set(xlabel="token", ylabel=f"{bits}-bit error (%)", ylim=(0, None))
+    axes["A"].set_title(f"chosen: token {token}, {shortened(words[token])}", parse_math=False)
+    axes["A"].set_ylim(0, 1.3 * axes["A"].get_ylim()[1])
+    axes["A"].legend(loc="upper right", ncol=2, markerscale=3)
+    most = 1.06 * max(np.abs(y).max() for _, y in sides.values())
+    for key, (name, (error, y)) in zip("BC", sides.items(), strict=True):
+        zeros = zeroed(y, bits)
+        _draw(axes[key], y, bits, zeros)
+        axes[key].set_title(f"{name}: {zeros.mean():.0%} become 0, error {error[token]:.2%}", fontsize=10)
+        axes[key].set(xlabel="channel", ylim=(-most, most))
+    axes["B"].set_ylabel("value")
+    return figure
 
 
-def shortened(word: str, most: int = 12) -> str:
+def shortened(word: str) -> str:
     """A token's text in quotes, as far as it fits beside a bar."""
-    return repr(word if len(word) <= most else word[: most - 1] + "…")
+    return repr(word if len(word) <= 12 else word[:11] + "…")

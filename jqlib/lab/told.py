@@ -28,11 +28,11 @@ def losses(head: nn.Module, hidden: Tensor, windows: Tensor) -> Tensor:
 
     ``hidden``: (windows, seqlen, hidden), what the ``head`` reads.
     """
-    found = []
-    for states, window in zip(hidden, windows, strict=True):
-        parts = zip(states[:-1].split(ROWS), window[1:].to(states.device).split(ROWS), strict=True)
-        found.append(torch.cat([cross_entropy(head(x).float(), y, reduction="none") for x, y in parts]))
-    return torch.stack(found).cpu()
+    return torch.stack([
+        torch.cat([cross_entropy(head(x).float(), y, reduction="none")
+                   for x, y in zip(states[:-1].split(ROWS), window[1:].split(ROWS), strict=True)])
+        for states, window in zip(hidden, windows.to(hidden.device), strict=True)
+    ]).cpu()  # fmt: skip
 
 
 def by_position(extra: Tensor) -> pd.DataFrame:
@@ -69,18 +69,14 @@ def coloured(words: Sequence[str], extra: Mapping[str, Sequence[float]]) -> str:
     key += f'<p style="{_background(-FULL)};display:inline;padding:0 .5em">{FULL:g} nats cheaper</p>'
     parts = [key]
     for name, values in extra.items():
-        spans = [
-            f'<span title="{value:+.2f} nats" style="{_background(value)}">{_shown(word)}</span>'
+        spans = "".join(
+            f'<span title="{value:+.2f} nats" style="{_background(value)}">{escape(word)}</span>'
             for word, value in zip(words, values, strict=True)
-        ]
-        parts.append(f"<h4>{escape(name)}</h4><p style='line-height:1.7'>{''.join(spans)}</p>")
+        ).replace("\n", "⏎ ")
+        parts.append(f"<h4>{escape(name)}</h4><p style='line-height:1.7'>{spans}</p>")
     return f'<div style="background:white;color:black;max-width:50em;padding:.5em 1em">{"".join(parts)}</div>'
 
 
 def _background(nats: float) -> str:
     red, green, blue = WORSE if nats > 0 else BETTER
     return f"background:rgba({red},{green},{blue},{min(abs(nats) / FULL, 1) * 0.85:.2f})"
-
-
-def _shown(word: str) -> str:
-    return escape(word).replace("\n", "⏎ ")
