@@ -14,7 +14,7 @@ test: .venv/made
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 	JUPYTER_PREFER_ENV_PATH=1 JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output TQDM_DISABLE=1 \
 	  $(BIN)/python -m pytest -p no:warnings --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks
 

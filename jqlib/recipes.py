@@ -79,10 +79,4 @@ RECIPES = {
         w_groupsize=32, a_bits=8, refine=(),
     ),
 }  # fmt: skip
-SMOOTHED_BY_CHOICE = (
-    "jointquant",
-    "jointquant-best",
-    "jointquant-online",
-    "control",
-    "deploy",
-)  # what `use_smooth` switches
+SMOOTHED_BY_CHOICE = ("jointquant", "jointquant-best", "jointquant-online", "control", "deploy")  # by `use_smooth`

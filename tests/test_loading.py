@@ -56,7 +56,7 @@ def test_a_whole_folder_loads(folder, tiny_model, tokens):
 
 @pytest.fixture
 def gguf(tmp_path, tiny_model):
-    """``gguf(entries, tensors)``: a tiny Llama as a GGUF file, with these entries and tensors besides or instead."""
+    """``gguf(entries, tensors)``: a tiny Llama as a GGUF file, these besides or instead; None: without."""
 
     def make(entries=None, tensors=None, dropped=()):
         model = tiny_model()
@@ -70,6 +70,8 @@ def gguf(tmp_path, tiny_model):
             "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "llama-bpe",
         } | (entries or {})  # fmt: skip
         for name, value in values.items():
+            if value is None:
+                continue
             add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}
             add[type(value)](name, value)
         writer.add_token_list([chr(33 + i) if i < 94 else f"!{chr(i - 61)}" for i in range(128)])
@@ -105,6 +107,8 @@ def test_a_gguf_that_is_understood_loads(gguf, tiny_model, tokens):
     ({"llama.expert_count": 8}, "llama.expert_count = 8"),
     ({"llama.a_new_thing": True}, "llama.a_new_thing = True"),
     ({"split.count": 3}, "is one of 3 parts of a model: join them"),
+    ({"llama.rope.freq_base": None, "xlama.rope.freq_base": 5e5}, "xlama.rope.freq_base and none llama.rope.freq_base"),
+    ({"tokenizer.ggml.add_space_prefiy": False}, "is it damaged"),
 ])  # fmt: skip
 def test_metadata_that_would_be_dropped(gguf, entries, message):
     path = gguf(entries)

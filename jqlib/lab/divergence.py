@@ -85,9 +85,8 @@ def keys_and_values(model: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def round_cache(model: nn.Module, bits: int, r3: bool = True) -> None:
+def round_cache(model: nn.Module, bits: int, r3: bool) -> None:
     """`quantize_kv_cache`, in place; without ``r3`` keys are rounded as they are."""
     quantize_kv_cache(model, bits)
-    for attention in attentions_of(model):
-        if not r3:
-            attention.kv_grid.keys.rotation = None
+    for attention in () if r3 else attentions_of(model):
+        attention.kv_grid.keys.rotation = None

@@ -19,7 +19,8 @@ from jqlib.lab.style import colour_of
 from jqlib.transform.grids import rounding_errors
 
 STEPS = 20  # of the slider from no rotation to the right side's
-HEIGHT = 640  # of the figure, pixels
+WIDTH, HEIGHT = 860, 640  # of the figure, pixels
+DOTS = (tokens.ZEROED, "becomes 0"), (tokens.KEPT, "keeps a value")
 AROUND = 12  # tokens of context on either side of the chosen one
 Rotations = Mapping[str, Tensor | None]
 
@@ -156,6 +157,8 @@ class Explorer:
         self.context.value = in_context(self.choice.words, token)
 
     def _fill(self, side: int, label: str, colour: str, error: np.ndarray, y: np.ndarray) -> None:
+        """One side's traces. What a batch of updates gives to some traces (names, colours), it takes from the others:
+        so all that have any get them here."""
         bits, token, figure = self.bits.value, self.token.value, self.figure
         of_all, mark = figure.data[side], figure.data[2 + side]
         of_all.x, of_all.y, of_all.name = np.arange(len(error)), error, f"{label}: mean {error.mean():.2f}%"
@@ -165,11 +168,10 @@ class Explorer:
         grid, *dots = figure.data[4 + 3 * side : 7 + 3 * side]
         zeros, points = tokens.zeroed(y, bits), tokens.levels(y, bits)
         grid.x, grid.y = np.tile([-8, len(y) + 7, np.nan], len(points)), np.repeat(points, 3)
-        for of, mask in zip(dots, (zeros, ~zeros), strict=True):
-            of.x, of.y = np.flatnonzero(mask), y[mask]
-        figure.layout.annotations[
-            side
-        ].text = f"{escape(label)}: {zeros.mean():.0%} become 0, error {error[token]:.2f}%"
+        for of, mask, (colour, name) in zip(dots, (zeros, ~zeros), DOTS, strict=True):
+            of.x, of.y, of.name, of.marker.color = np.flatnonzero(mask), y[mask], name, colour
+        title = figure.layout.annotations[side]
+        title.text = f"{escape(label)}: {zeros.mean():.0%} become 0, error {error[token]:.2f}%"
 
 
 def _empty_figure():
@@ -190,10 +192,12 @@ def _empty_figure():
     for side in (1, 2):
         figure.add_scatter(mode="lines", line={"color": "#d0d0d0", "width": 1}, hoverinfo="skip", showlegend=False,
                            row=2, col=side)  # fmt: skip
-        for colour, name in ((tokens.ZEROED, "becomes 0"), (tokens.KEPT, "keeps a value")):
-            figure.add_scatter(mode="markers", marker={"size": 4, "color": colour}, name=name, showlegend=side == 1,
+        for _ in DOTS:
+            figure.add_scatter(mode="markers", marker={"size": 4}, showlegend=side == 1,
                                hovertemplate="channel %{x}: %{y:.3f}<extra></extra>", row=2, col=side)  # fmt: skip
-    figure.update_layout(height=HEIGHT, template="simple_white", margin={"l": 60, "r": 20, "t": 50, "b": 50},
+    figure.update_annotations(font_size=12)
+    figure.update_layout(width=WIDTH, height=HEIGHT, template="simple_white",
+                         margin={"l": 60, "r": 20, "t": 50, "b": 50},
                          legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"})  # fmt: skip
     figure.update_xaxes(title="token: click one", row=1, col=1)
     figure.update_yaxes(title="error (%)", rangemode="tozero", row=1, col=1)

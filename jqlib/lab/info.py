@@ -1,9 +1,8 @@
 """What a run will meet and take, before it starts (no weights are read), and what is on disk already."""
 
-import time
-
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from jqlib.config import Config
 from jqlib.inputs import dtype_of, steps_of
@@ -80,11 +79,8 @@ def streamed_bytes(config: Config) -> int:
 
 
 def _old_pages() -> list[str]:
-    return (
-        [f"figures/pages: not of today's notebooks: {', '.join(old)} (make workbook pages)"]
-        if (old := outdated())
-        else []
-    )
+    old = ", ".join(outdated())
+    return [f"figures/pages: not of today's notebooks: {old} (make workbook pages)"] if old else []
 
 
 def _numel(linears) -> int:
@@ -121,9 +117,5 @@ def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list
 
 def _operations_per_second(device: str, dtype: torch.dtype, n: int = 1024) -> float:
     x = torch.ones(n, n, device=device, dtype=dtype)
-    (x @ x)[0, 0].item()  # warm
-    start = time.perf_counter()
-    for _ in range(4):
-        y = x @ x
-    y[0, 0].item()  # waits for the device
-    return 4 * 2 * n**3 / (time.perf_counter() - start)
+    timer = Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.timeit(4).mean

@@ -91,9 +91,8 @@ def _page(notebook, record: str, to: Path, where: str) -> None:
             cell.outputs = [output for output in map(_shown, cell.outputs) if output]
     resources = {"output_files_dir": f"{to.stem}_files", "unique_key": "figure"}
     body, made = MarkdownExporter().from_notebook_node(notebook, resources)
-    head, rest = body.split("\n# ", 1) if "\n# " in body else ("", body.removeprefix("# "))
-    title, rest = rest.split("\n", 1)
-    text = f"{mark}\n{head}\n# {title}\n\n{record}\n{_folded(rest)}".replace(where, "")
+    body = re.sub(r"^# .*$", lambda title: f"{title[0]}\n\n{record}", _folded(body), count=1, flags=re.MULTILINE)
+    text = f"{mark}\n\n{body}".replace(where, "")
     for i, data in enumerate(FILM.findall(text)):  # a host of Markdown shows no picture that is written into the page
         made["outputs"][name := f"{to.stem}_files/film_{i}.gif"] = base64.b64decode(data)
         text = text.replace(f"data:image/gif;base64,{data}", name)

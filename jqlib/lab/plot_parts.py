@@ -38,7 +38,7 @@ def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[st
         axis.axvline(-0.07, color="0.8", lw=0.8)
         axis.set(title=name, xlabel="α", yscale="log", xlim=(-0.24, 1.05))
         axis.set_xticks([-0.15, 0, 0.25, 0.5, 0.75, 1], ["none", "0", "0.25", "0.5", "0.75", "1"])
-        _plain(axis.yaxis)
+        plain_decades(axis.yaxis)
     axes[0, 0].set_ylabel("error at the output (%)")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=2)
@@ -72,7 +72,7 @@ def before_and_after(panels: Mapping[str, Mapping[str, Pair]], ylabel: str) -> F
                 axis.plot(values, dash, marker="o", ms=3, color=PARTS[part], label=f"{part}, {when}")
         axis.set(title=name, xlabel="layer", yscale="log")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _plain(axis.yaxis)
+        plain_decades(axis.yaxis)
     axes[0, 0].set_ylabel(ylabel)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
     return figure
@@ -142,9 +142,3 @@ def strip(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     axis.set(xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
     axis.set_yticks(range(len(values)), values)
     return figure
-
-
-def _plain(axis) -> None:
-    """1, 2, 5, 10, … along a logarithmic axis, and more on a short one."""
-    low, high = axis.get_view_interval()
-    plain_decades(axis, (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 5, 7))

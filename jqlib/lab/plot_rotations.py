@@ -30,7 +30,7 @@ def kurtosis_by_layer(before: Sequence[float], after: Mapping[str, Sequence[floa
         axis.set(xlabel="layer", ylabel="kurtosis")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(yscale="log", title="before and after")
-    plain_decades(left.yaxis, (1, 3))
+    plain_decades(left.yaxis)
     right.set(ylim=(0, None), title="after")
     known = {line.get_label(): line for axis in (left, right) for line in axis.lines}
     figure.legend(known.values(), known, loc="outside lower center", ncol=3)

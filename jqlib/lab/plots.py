@@ -76,7 +76,7 @@ def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str) -> Figure:
         axis.plot(range(len(values)), values, marker="o", ms=3, label=name, color=colour_of(name))
     axis.set(xlabel="layer", ylabel=ylabel, yscale="log")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    plain_decades(axis.yaxis, (1, 2, 3, 5))
+    plain_decades(axis.yaxis)
     figure.legend(loc="outside lower center", ncol=2)
     return figure
 

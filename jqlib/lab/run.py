@@ -1,7 +1,6 @@
 """The runner: the notebooks by papermill, their inputs checked before anything runs, one page of what they found."""
 
 import ast
-import json
 import os
 import re
 import sys
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from jqlib.config import KINDS, NOTEBOOKS, Config, make_config
+from jqlib.config import NOTEBOOKS, Config, make_config
 from jqlib.lab.checks import check_inputs, check_kernel
-from jqlib.store import alone
+from jqlib.store import alone, differences
 
 PLAIN = {"int": r"-?(0|[1-9]\d*)", "float": r"[-+.\deE]+|[-+]?\.inf|\.nan"}  # YAML also has 010, 1:30 and 1_000
 PATHS = ("model", "calib_dataset", "eval_dataset", "output_dir")
@@ -82,8 +81,8 @@ def declared_in(notebook: Path) -> set[str]:
     found = {*papermill.inspect_notebook(_plain(notebook))}
     cells = nbformat.read(notebook, as_version=4).cells
     cell = next(cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
-    written = {n.target.id for n in ast.parse(cell.source).body if isinstance(n, ast.AnnAssign)}
-    written |= {t.id for n in ast.parse(cell.source).body if isinstance(n, ast.Assign) for t in n.targets}
+    names = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Name)]
+    written = {node.id for node in names if isinstance(node.ctx, ast.Store)}
     if lost := sorted(written - found):
         raise ValueError(f"{notebook.name}: papermill can't read the default of {lost[0]} in the parameters cell, and "
                          "would not set it: write a plain value, such as \"text.txt\"")  # fmt: skip
@@ -92,13 +91,8 @@ def declared_in(notebook: Path) -> set[str]:
 
 def _say_what_is_replaced(config: Config, notebook: str, names: set[str]) -> None:
     """Results of other settings would be gone without a word."""
-    try:
-        before = json.loads((config.folder / "results" / f"{notebook}.json").read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError):
-        return
-    names = names & before.keys() - {"output_dir"}
-    changed = [f"{n}={before[n]!r}" for n in KINDS if n in names and before[n] != getattr(config, n)]
-    if changed:
+    results = config.folder / "results" / f"{notebook}.json"
+    if changed := [said for said in differences(results, config) if said.partition("=")[0] in names]:
         print(f"warning: replaces its results made with {', '.join(changed)}; another --output_dir keeps both")
 
 

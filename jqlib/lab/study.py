@@ -41,6 +41,7 @@ WITHOUT = {
 EFFORTS = {"quarter": {"step_tokens": 512}, "fourfold": {"step_tokens": 8192}}  # beside the study's own
 ASKED = ("fp", "rtn", "quarot-best", "jointquant-best", "jointquant-online")  # zero-shot questions
 KINDS = "rows", "questions"  # as the file has them
+SHOWN = ("group", "method", "label", "seed", "text", "w_bits", "a_bits", "kv_bits", "step_tokens", "ppl", "kl", "top1")
 NAME = ("group", "method", "task", "text", "seed", "w_bits", "a_bits")  # what a row is told by from any other
 
 
@@ -158,12 +159,9 @@ def shares(rows: list[dict]) -> pd.DataFrame:
     found = []
     for row in rows:
         zero, start = fp[row["text"]], base.get((row["text"], row["seed"]))
-        about = {
-            name: row[name] for name in ("group", "method", "label", "seed", "text", "w_bits", "a_bits", "kv_bits")
-        }
-        about["commit"] = row["git_commit"][:7]
-        about |= {name: row[name] for name in ("ppl", "kl", "top1")} | {"gap": compare.difference(row, zero).value}
+        about = {name: row[name] for name in SHOWN} | {"commit": row["git_commit"][:7]}
+        about["gap"] = compare.difference(row, zero).value
         for by, name in (("ppl", "share, PPL"), ("kl", "share, KL")) if start and row is not zero else ():
             about[name], about[f"{name}, low"], about[f"{name}, high"] = compare.share(row, start, zero, by)
-        found.append(about | {"minutes": row["calibration_seconds"] / 60, "step_tokens": row["step_tokens"]})
+        found.append(about | {"minutes": row["calibration_seconds"] / 60})
     return pd.DataFrame(found)

@@ -38,8 +38,10 @@ def colour_of(method: str) -> str | None:
     return COLOURS[max(known, key=len)] if known else None
 
 
-def plain_decades(axis, steps: tuple[int, ...] = (1, 2, 5)) -> None:
-    """1, 2, 5, 10, … along a logarithmic axis."""
+def plain_decades(axis) -> None:
+    """1, 3, 10, … along a logarithmic axis on which all is drawn, and more on a short one."""
+    low, high = axis.get_view_interval()
+    steps = (1, 3) if high > 100 * low else (1, 2, 5) if high > 20 * low else (1, 1.5, 2, 3, 5, 7)
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -78,23 +77,14 @@ class Turning:
     """The frames of `jqlib.lab.geodesic.film`: a token at some t, on the axis of its start and on that of its end."""
 
     def __init__(self, start: np.ndarray, end: np.ndarray, bits: int):
-        self.bits, most, near = bits, 1.06 * np.abs(start).max(), 1.2 * np.abs(end).max()
+        self.bits, self.limits = bits, (1.06 * np.abs(start).max(), 1.2 * np.abs(end).max())
         with styled():
             self.figure, self.axes = plt.subplots(1, 2, figsize=(7.5, 3.6), layout="none")
             self.figure.subplots_adjust(0.09, 0.14, 0.985, 0.8, wspace=0.17)
-            for axis, limit, title in zip(self.axes, (most, near), ("all of it", "enlarged"), strict=True):
-                axis.set(xlabel="channel", ylim=(-limit, limit), xlim=(-8, len(start) + 7))
-                axis.set_title(title, fontsize=10)
-                axis.grid(False)
-            self.axes[0].set_ylabel("value")
-            self.drawn = [self._empty(axis) for axis in self.axes]
             self.head = self.figure.suptitle("", fontsize=11.5, y=0.97)
         plt.close(self.figure)
 
-    def _empty(self, axis):
-        lines = axis.add_collection(LineCollection([], colors=GRID, linewidths=0.8, zorder=0))
-        return lines, *(axis.plot([], [], ".", ms=3, color=colour)[0] for colour in (ZEROED, KEPT))
-
+    @styled()
     def show(self, y: np.ndarray, t: float) -> None:
         """The frame of a token, (n,), that is the share ``t`` of the way."""
         zeros = zeroed(y, self.bits)
@@ -102,10 +92,12 @@ class Turning:
         ends = {0.0: "as it is", 1.0: "rotated"}
         self.head.set_text(f"{ends.get(t, f'{t:.0%} of the way to R')}:  {zeros.mean():.0%} of its {len(y)} numbers "
                            f"become 0 (orange),  error {error:.1%}")  # fmt: skip
-        for lines, *dots in self.drawn:
-            lines.set_segments([[(-8, level), (len(y) + 7, level)] for level in levels(y, self.bits)])
-            for mask, of in zip((zeros, ~zeros), dots, strict=True):
-                of.set_data(np.flatnonzero(mask), y[mask])
+        for axis, limit, title in zip(self.axes, self.limits, ("all of it", "enlarged"), strict=True):
+            axis.clear()
+            _draw(axis, y, self.bits, zeros)
+            axis.set(xlabel="channel", ylim=(-limit, limit), xlim=(-8, len(y) + 7))
+            axis.set_title(title, fontsize=10)
+        self.axes[0].set_ylabel("value")
 
 
 @styled()
@@ -131,6 +123,6 @@ def explored(sides: Mapping[str, tuple[Tensor, np.ndarray]], words: Sequence[str
     return figure
 
 
-def shortened(word: str, most: int = 12) -> str:
+def shortened(word: str) -> str:
     """A token's text in quotes, as far as it fits beside a bar."""
-    return repr(word if len(word) <= most else word[: most - 1] + "…")
+    return repr(word if len(word) <= 12 else word[:11] + "…")

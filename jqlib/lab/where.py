@@ -1,6 +1,5 @@
 """Where a rounded model's loss arises: over its depth, and at one site of one layer."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import pandas as pd
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from jqlib.lab.told import losses
 from jqlib.learn.lessons import Divergence
+from jqlib.model.evaluate import last_hidden
 from jqlib.model.families import family_of, sites_of
 from jqlib.model.walk import walk
 from jqlib.transform.grids import OFF
@@ -39,8 +39,10 @@ def passage(model: nn.Module, exact: nn.Module, windows: Tensor, label: str | No
         plain.forward()
         length.append(plain.hidden.norm(dim=-1))
         off.append((step.hidden - plain.hidden).norm(dim=-1) / length[-1])
-    read = [losses(it.get_output_embeddings(), _normed(it, last.hidden), windows)
-            for it, last in ((model, step), (exact, plain))]  # fmt: skip
+    read = []
+    for it, last in ((model, step), (exact, plain)):
+        hidden = it.get_submodule(family_of(it).final_norm)(last.hidden)
+        read.append(losses(it.get_output_embeddings(), hidden, windows))
     return Passage(torch.stack(off).cpu(), torch.stack(length).cpu(), *read)
 
 
@@ -49,29 +51,15 @@ def one_at_a_time(model: nn.Module, windows: Tensor) -> pd.DataFrame:
     """The KL (nats per token) from itself with nothing rounded, when one site of one layer rounds what it reads: layer
     down, kind of site across. ``model``: its activations are rounded, its weights not; afterwards nothing is.
     """
-    grids = {name: transform.grid for name, transform in standing(model).items() if transform.rounds}
+    grids, places = {name: t.grid for name, t in standing(model).items() if t.rounds}, sites_of(model)
     bits = {name: grid.bits for name, grid in grids.items()}
     for grid in grids.values():
         grid.bits = OFF
-    steps = [replace(step, hidden=step.hidden.clone()) for step in walk(model, windows)]
-    head = model.get_output_embeddings().weight
-
-    def end(first: int) -> Tensor:
-        hidden = steps[first].hidden.clone()
-        for step in steps[first:]:
-            for part in step.parts():
-                hidden[part] = step.run(hidden[part])
-        return _normed(model, hidden).flatten(0, 1)
-
-    exact, places, rows = end(0), sites_of(model), []
+    head, exact, rows = model.get_output_embeddings().weight, last_hidden(model, windows).flatten(0, 1), []
     for name, grid in tqdm(grids.items(), "one site at a time", unit="site"):
-        grid.bits, place = bits[name], places[name]
-        kl = Divergence.apply(end(place.layer), head, exact, head).item()
-        rows.append({"layer": place.layer, "site": place.kind, "kl": kl})
+        grid.bits = bits[name]
+        kl = Divergence.apply(last_hidden(model, windows).flatten(0, 1), head, exact, head).item()
+        rows.append({"layer": places[name].layer, "site": places[name].kind, "kl": kl})
         grid.bits = OFF
     table = pd.DataFrame(rows)
     return table.pivot(index="layer", columns="site", values="kl")[table.site.unique()]
-
-
-def _normed(model: nn.Module, hidden: Tensor) -> Tensor:
-    return model.get_submodule(family_of(model).final_norm)(hidden)

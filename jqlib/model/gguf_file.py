@@ -1,15 +1,16 @@
 """A GGUF file is read rightly or not at all: what transformers' reader would drop without a word is refused.
 
 Its metadata decide what is computed (``<architecture>.*``), and so do its list of tensors and how its tokenizer splits
-text; other entries pass.
+text; other entries pass, unless they look like one of these that is missing: a damaged name, read as the default.
 """
 
 import json
 import struct
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFValueType, get_tensor_name_map
+from gguf import MODEL_ARCH_NAMES, GGUFReader, GGUFValueType, Keys, get_tensor_name_map
 from tokenizers import normalizers, pre_tokenizers
 from torch import nn
 from transformers.integrations import GGUF_CONFIG_MAPPING
@@ -21,6 +22,8 @@ NEUTRAL = {  # entries that change nothing at these values
     "rope.scaling.type": ("none",), "rope.scaling.factor": (0, 1), "rope.scale_linear": (1,), "expert_count": (0,),
     "expert_used_count": (0,), "attention.causal": (True,), "attention.sliding_window": (0,),
 }  # fmt: skip
+TOKENIZERS = frozenset(name for name in vars(Keys.Tokenizer).values() if str(name).startswith("tokenizer."))
+LIST = "a list"
 HEAD_DIMS = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 SMOLLM = "smollm"  # digits one by one, then GPT-2's splits: transformers has no entry for it
 OURS = ("llama-bpe", "qwen2", "tekken")  # those that are written: of several names for one way, llama.cpp's own
@@ -37,7 +40,10 @@ def check_gguf(path: Path, config) -> None:
         )
     architecture = found["general.architecture"]
     read = GGUF_CONFIG_MAPPING.get(architecture, {})
+    expected = {f"{architecture}.{entry}" for entry in read} | TOKENIZERS
     for name, value in found.items():
+        if name not in expected and (close := get_close_matches(name, expected - found.keys(), 1, 0.9)):
+            raise ValueError(f"{path} has an entry {name} and none {close[0]}: is it damaged? Fetch it again")
         prefix, _, entry = name.partition(".")
         known = read.get(entry) or value in NEUTRAL.get(entry, ()) or (entry in HEAD_DIMS and value == d)
         if prefix == architecture and not known:
@@ -100,12 +106,11 @@ def splits_of(tokenizer) -> str:
 
 @cache
 def _header(path: Path, written: int) -> tuple[dict, frozenset[str]]:
-    """The metadata of a file, lists left out, and the names of its tensors."""
+    """The metadata of a file, LIST for lists, and the names of its tensors."""
     try:
         reader = GGUFReader(path)
-        fields = [
-            f for f in reader.fields.values() if f.types[0] != GGUFValueType.ARRAY and not f.name.startswith("GGUF")
-        ]
-        return {field.name: field.contents() for field in fields}, frozenset(tensor.name for tensor in reader.tensors)
+        fields = [field for field in reader.fields.values() if not field.name.startswith("GGUF")]
+        values = {f.name: LIST if f.types[0] == GGUFValueType.ARRAY else f.contents() for f in fields}
+        return values, frozenset(tensor.name for tensor in reader.tensors)
     except (ValueError, struct.error, IndexError, KeyError) as error:
         raise ValueError(f"{path} can't be read, is it damaged or incomplete? The reader said: {error}") from error

@@ -165,6 +165,8 @@ def explore(page, number):
     left, right = (page.get_by_label(side, exact=True) for side in ("left", "right"))
     rotation, nothing = right.input_value(), left.input_value()
     first = state(figure)
+    assert figure.locator(".legendtext").all_text_contents()[2:] == ["becomes 0", "keeps a value"]
+    assert len({*dots(figure)}) == 2
     last = moved(page, first, "layer", lambda: layer.press("ArrowRight"))
     last = moved(page, last, "bits", lambda: bits.press("ArrowRight"))
     last = moved(page, last, "token", lambda: click_a_token(page, 100))
@@ -207,6 +209,12 @@ def colours(figure) -> list[str]:
     """Of both sides' errors, as they are drawn."""
     marks = "plot => [0, 1].map(i => plot.querySelectorAll('.subplot.xy .scatterlayer .trace')[i]"
     return figure.evaluate(f"{marks}.querySelector('.points path').style.fill)")
+
+
+def dots(figure) -> list[str]:
+    """Colours of what becomes 0 and what does not, on both sides."""
+    fills = "all => all.map(trace => trace.querySelector('.points path')?.style.fill).filter(Boolean)"
+    return figure.locator(".subplot.x2y2 .trace, .subplot.x3y3 .trace").evaluate_all(fills)
 
 
 def moved(page, last: str, what: str, move) -> str:

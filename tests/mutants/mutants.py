@@ -17,6 +17,8 @@ import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+os.environ["TQDM_DISABLE"] = "1"  # for the tests, whose processes have tqdm from here
+
 import pytest
 import torch
 from changes import Change, changes
@@ -149,7 +151,7 @@ def try_all(
 ) -> None:
     """So many mutants at a time as there are copies. What is known is kept after each."""
     running: dict[str, Trial] = {}
-    with tqdm(total=len(left), desc="mutants") as bar:
+    with tqdm(total=len(left), desc="mutants", disable=False) as bar:
         while running or (left and time.monotonic() < stop):
             while left and copies and time.monotonic() < stop:
                 key, folder = left.pop(0), copies.pop()
