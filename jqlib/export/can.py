@@ -56,10 +56,8 @@ def reason_against(form: str, config: Config, recipe: Recipe) -> str | None:
         return f"its activations are clipped, which engines don't do; {DEPLOY}"
     if config.kv_bits < OFF:
         return f"kv_bits={config.kv_bits}: its keys are rotated (R3). Let the engine round its own cache"
-    return _compressed(config) if form == "compressed-tensors" else _gguf(config)
-
-
-def _compressed(config: Config) -> str | None:
+    if form == "gguf":
+        return _gguf(config)
     return None if config.w_bits in (4, 8) else f"w_bits={config.w_bits}: engines read 4 or 8"
 
 
