@@ -55,6 +55,17 @@ def against_gaussian(samples: Mapping[str, np.ndarray]) -> Figure:
 
 
 @styled()
+def signs(matrices: Mapping[str, np.ndarray]) -> Figure:
+    """Matrices of ±1, by their order: dark +1, light −1."""
+    figure, axes = plt.subplots(1, len(matrices), figsize=(3 * len(matrices), 3), squeeze=False)
+    for axis, (order, H) in zip(axes[0], matrices.items(), strict=True):
+        axis.imshow(H, cmap="cividis_r", vmin=-1.4, vmax=1.4)
+        axis.set(title=f"order {order}", xticks=[], yticks=[], xlabel="dark +1, light −1")
+        axis.grid(False)
+    return figure
+
+
+@styled()
 def bound(before: Sequence[float], after: Sequence[float], line: float, bits: int) -> Figure:
     """Each token's relative rounding error, before and after a rotation, in per cent, and a bound on the second."""
     figure, axis = plt.subplots(figsize=(7.5, 4.3))
