@@ -67,6 +67,44 @@ def test_every_step_on_all_tokens_descends(objective):
     assert [claimed for _, claimed in taken] == pytest.approx(measured, rel=1e-5)
 
 
+def steps_on_parts(batches, objective: str, max_steps: int | None = None) -> int:
+    """How many steps the solver took on less than all tokens, after which it knows no loss."""
+    losses, start = [], torch.eye(N)[None]
+    record = lambda R, loss=None: losses.append(loss)  # noqa: E731
+    minimise(batches, start, OBJECTIVES[objective], record=record, max_steps=max_steps)
+    assert max_steps is None or len(losses) <= max_steps
+    return losses.count(None)
+
+
+@pytest.mark.parametrize(("count", "max_steps", "expected"), [
+    (8, None, 8 + 4 + 2), (2, None, 2), (1, None, 0), (8, 5, 5), (8, 9, 9), (8, 0, 0),
+])  # fmt: skip
+def test_minibatches_double_until_they_are_half_of_all(count, max_steps, expected):
+    batches = (
+        torch.cat(list(layers().values())).repeat(4, 1)[: 128 * count].view(count, 1, 128, N)
+    )  # 8 tokens a channel
+    assert steps_on_parts(list(batches), "whip", max_steps) == expected
+
+
+@pytest.mark.parametrize(("objective", "expected"), [("range", 4), ("whip", 0)])
+def test_what_has_no_majoriser_begins_with_adam_on_one_batch_too(objective, expected):
+    assert steps_on_parts([torch.cat(list(layers().values()))[None]], objective, 4) == expected
+
+
+def test_a_problem_that_is_solved_does_not_end_the_others():
+    """Two in one batch, of which the first has nothing to gain: the second ends where it ends alone, and it ends."""
+    x, whip, taken = torch.stack(list(layers(count=2).values())), OBJECTIVES["whip"], []
+    record = lambda R, loss: taken.append(R)  # noqa: E731
+    start = initial_rotation(N, "hadamard", 0)[None]
+    solved = _descend([x[:1]], start, whip, 200, record, tqdm(disable=True))
+    alone = _descend([x[1:]], start, whip, 200, record, tqdm(disable=True))
+    taken.clear()
+    both = _descend([x], torch.cat([solved, start]), whip, 200, record, tqdm(disable=True))
+    assert loss_of({"x": x[1]}, both[1]) < 1.0005 * loss_of({"x": x[1]}, alone[0])
+    assert loss_of({"x": x[1]}, alone[0]) < 0.99 * loss_of({"x": x[1]}, start[0])
+    assert 2 < len(taken) < 200
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_history_holds_new_lows_where_early_steps_see_a_sample(seed):
     """A step on a sample may rise over all tokens: it is not recorded."""

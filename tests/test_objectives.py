@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from jqlib.learn.objectives import OBJECTIVES, mean_loss
+from jqlib.transform.grids import quantize_activation
 
 EPSILON = 1e-6
 
@@ -39,6 +40,11 @@ def test_values_and_gradient_against_autograd(name, by_hand):
     loss, gradient = mean_loss([X], R.detach(), OBJECTIVES[name], chunk=7)
     torch.testing.assert_close(loss, expected.detach())
     torch.testing.assert_close(gradient, R.grad)
+
+
+def test_quant_error_is_what_rounding_to_four_bits_costs():
+    y = tokens(9, 6)
+    torch.testing.assert_close(OBJECTIVES["quant_error"](y)[0], (quantize_activation(y, 4) - y).square().sum(-1))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

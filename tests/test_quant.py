@@ -206,3 +206,26 @@ def test_rounding_and_its_slopes():
     assert (code > 15).any()
     expected = torch.autograd.grad(surrogate, (x, clip), slope)
     torch.testing.assert_close(torch.autograd.grad(rounded, (x, clip), slope), expected)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_slopes_of_tokens_of_one_sign(sign):
+    """0 is an end of their grid, which moves with no entry: as if a 0 stood among them. That 0 passes its slope on."""
+    x = sign * torch.linspace(0.1, 0.9, 9, dtype=torch.double)[None]
+    slope = torch.linspace(-1, 1, 10, dtype=torch.double)[None]
+    found = []
+    for entries in (x, torch.nn.functional.pad(x, (0, 1))):
+        entries = entries.clone().requires_grad_()
+        found.append(torch.autograd.grad(quantize_activation(entries), entries, slope[:, : entries.shape[1]])[0])
+    alone, beside_zero = found
+    torch.testing.assert_close(alone, beside_zero[:, :-1])
+    assert beside_zero[0, -1] == slope[0, -1]
+
+
+def test_slopes_of_groups_are_each_groups_own():
+    x, slope = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.double).requires_grad_()
+    together = torch.autograd.grad(quantize_activation(x, groupsize=4), x, slope)[0]
+    for part in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        alone = x[:, part].detach().requires_grad_()
+        expected = torch.autograd.grad(quantize_activation(alone), alone, slope[:, part])[0]
+        torch.testing.assert_close(together[:, part], expected)

@@ -49,6 +49,12 @@ def test_hidden_states_are_the_models_own(qwen, tokens, attention):
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
+def test_a_model_of_one_layer(tiny_model, tokens):
+    model = tiny_model(layers=1)
+    (step,) = walk(model, tokens())
+    torch.testing.assert_close(model.lm_head(model.model.norm(step.hidden)), model(tokens()).logits)
+
+
 def test_each_layer_gets_its_own_arguments(qwen, tokens):
     model, windows = qwen("eager"), tokens(2, SEQLEN)
     ahead = torch.arange(SEQLEN)[:, None] - torch.arange(SEQLEN)  # of a query's place, by how much a key's is behind

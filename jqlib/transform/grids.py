@@ -149,7 +149,7 @@ def asymmetric_codes(x: Tensor, bits: int, clip: float | Tensor = 1.0) -> tuple[
     return (x / scale).round_().add_(zero).clamp_(0, top).sub_(zero), scale
 
 
-def rounding_errors(x: Tensor, bits: int = 4, clip: float = 1.0, groupsize: int | None = None) -> Tensor:
+def rounding_errors(x: Tensor, bits: int, clip: float = 1.0, groupsize: int | None = None) -> Tensor:
     """‖Q(x) − x‖² / ‖x‖² of each token for `quantize_activation`, (tokens,); ``x``: (tokens, features)."""
     error = (quantize_activation(x, bits, clip, groupsize) - x).square().sum(-1)
     return error / x.square().sum(-1).clamp(min=1e-20)

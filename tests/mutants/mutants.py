@@ -36,7 +36,7 @@ COPIED = ("jqlib", "tests", "notebooks", "runs", "pyproject.toml", "README.md")
 QUIET = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
 TESTS = {  # what must notice a change, the quickest first
     "transform/transform.py": ["transform", "properties", "build"],
-    "transform/grids.py": ["properties", "quant"],
+    "transform/grids.py": ["quant", "objectives", "properties"],
     "transform/hadamard.py": ["hadamard"],
     "transform/orthogonal.py": ["properties", "joint"],
     "quant/gptq.py": ["gptq", "properties"],
