@@ -70,10 +70,19 @@ def test_every_step_on_all_tokens_descends(objective):
 def steps_on_parts(batches, objective: str, max_steps: int | None = None) -> int:
     """How many steps the solver took on less than all tokens, after which it knows no loss."""
     losses, start = [], torch.eye(N)[None]
-    record = lambda R, loss=None: losses.append(loss)  # noqa: E731
+
+    def record(R, loss=None):
+        assert R.isfinite().all()
+        losses.append(loss)
+
     minimise(batches, start, OBJECTIVES[objective], record=record, max_steps=max_steps)
     assert max_steps is None or len(losses) <= max_steps
     return losses.count(None)
+
+
+def test_minibatches_have_eight_tokens_per_channel():
+    assert len(Minibatches({"a": torch.ones(1, 300, N), "b": torch.ones(1, 200, N)})) == 500 // (8 * N)
+    assert len(Minibatches({"a": torch.ones(1, 100, N)})) == 1
 
 
 @pytest.mark.parametrize(("count", "max_steps", "expected"), [
