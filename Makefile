@@ -15,8 +15,8 @@ test: .venv/made
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-	JUPYTER_PREFER_ENV_PATH=1 JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output TQDM_DISABLE=1 \
-	  $(BIN)/python -m pytest -p no:warnings --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks
+	JUPYTER_PREFER_ENV_PATH=1 JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output TQDM_DISABLE=1 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile -p no:warnings --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 notebooks
 
 # on the artifacts that `make test` left, else it takes ten minutes more; says so and passes where there is no Chromium
 test-browser: .venv/made
