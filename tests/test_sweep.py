@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from jqlib.__main__ import main
-from jqlib.lab.sweep import plan, read_values
+from jqlib.lab.sweep import _connect, plan, read_values
 
 GRID = ["-p", "w_bits=3,4", "-p", "seed=0,1,2", "--only", "05"]
 SIX = [f"tiny,w_bits={bits},seed={seed}" for bits in (3, 4) for seed in (0, 1, 2)]
@@ -203,6 +203,12 @@ def test_a_run_at_work_is_not_started_twice(run_file, tmp_path, capsys):
     assert main(["sweep", str(run_file), "--only", "05", "--output_dir", str(tmp_path / "out")]) == 1
     assert f"busy: tiny: process {me.pid} of another sweep is at it" in capsys.readouterr().err
     assert state(folder) == at_work
+
+
+def test_two_sweeps_at_once_take_other_ports():
+    """Dask's own is always the same, and it warns where somebody has it."""
+    with _connect(None, 1) as one, _connect(None, 1) as other:
+        assert [client.submit(int, 1).result() for client in (one, other)] == [1, 1]
 
 
 def test_values_are_read_as_their_parameter_is():

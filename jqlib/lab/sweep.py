@@ -115,7 +115,8 @@ def _connect(scheduler: str | None, slots: int):
 
     if scheduler is None:
         options = {"n_workers": 1, "threads_per_worker": slots, "processes": False, "memory_limit": 0}
-        with Client(dashboard_address=None, **options) as client:
+        any_port = {"dashboard_address": "127.0.0.1:0"}  # or two sweeps at once meet at Dask's own, 8787
+        with Client(dashboard_address=None, scheduler_kwargs=any_port, **options) as client:
             yield client
         return
     try:
