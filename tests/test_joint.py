@@ -9,12 +9,11 @@ from typing import get_args
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
 from jqlib.choices import Solver
 from jqlib.learn.objectives import OBJECTIVES, mean_value
 from jqlib.learn.rotations import initial_rotation, train_r1_joint
-from jqlib.learn.solver import Minibatches, _descend, minimise
+from jqlib.learn.solver import Minibatches, minimise
 from jqlib.transform.orthogonal import nearby_polar, orthogonality_error, polar
 
 N, LAYERS = 16, 4
@@ -52,66 +51,6 @@ def test_descends_on_all_layers(objective, seed):
     seconds = [row["seconds"] for row in history]
     assert seconds == sorted(seconds)
     assert seconds[0] >= 0
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_step_on_all_tokens_descends(objective):
-    """As the solver takes them; a history, which keeps new lows only, could not show a rise."""
-    acts, taken = layers(0), []
-    start = initial_rotation(N, "hadamard", 0)[None]
-    record = lambda R, loss: taken.append((R[0], loss))  # noqa: E731
-    _descend([torch.cat(list(acts.values()))[None]], start, OBJECTIVES[objective], 20, record, tqdm(disable=True))
-    assert len(taken) > 2
-    measured = [loss_of(acts, R, objective) for R, _ in taken]
-    assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(measured))
-    assert [claimed for _, claimed in taken] == pytest.approx(measured, rel=1e-5)
-
-
-def steps_on_parts(batches, objective: str, max_steps: int | None = None) -> int:
-    """How many steps the solver took on less than all tokens, after which it knows no loss."""
-    losses, start = [], torch.eye(N)[None]
-
-    def record(R, loss=None):
-        assert R.isfinite().all()
-        losses.append(loss)
-
-    minimise(batches, start, OBJECTIVES[objective], record=record, max_steps=max_steps)
-    assert max_steps is None or len(losses) <= max_steps
-    return losses.count(None)
-
-
-def test_minibatches_have_eight_tokens_per_channel():
-    assert len(Minibatches({"a": torch.ones(1, 300, N), "b": torch.ones(1, 200, N)})) == 500 // (8 * N)
-    assert len(Minibatches({"a": torch.ones(1, 100, N)})) == 1
-
-
-@pytest.mark.parametrize(("count", "max_steps", "expected"), [
-    (8, None, 8 + 4 + 2), (2, None, 2), (1, None, 0), (8, 5, 5), (8, 9, 9), (8, 0, 0),
-])  # fmt: skip
-def test_minibatches_double_until_they_are_half_of_all(count, max_steps, expected):
-    batches = (
-        torch.cat(list(layers().values())).repeat(4, 1)[: 128 * count].view(count, 1, 128, N)
-    )  # 8 tokens a channel
-    assert steps_on_parts(list(batches), "whip", max_steps) == expected
-
-
-@pytest.mark.parametrize(("objective", "expected"), [("range", 4), ("whip", 0)])
-def test_what_has_no_majoriser_begins_with_adam_on_one_batch_too(objective, expected):
-    assert steps_on_parts([torch.cat(list(layers().values()))[None]], objective, 4) == expected
-
-
-def test_a_problem_that_is_solved_does_not_end_the_others():
-    """Two in one batch, of which the first has nothing to gain: the second ends where it ends alone, and it ends."""
-    x, whip, taken = torch.stack(list(layers(count=2).values())), OBJECTIVES["whip"], []
-    record = lambda R, loss: taken.append(R)  # noqa: E731
-    start = initial_rotation(N, "hadamard", 0)[None]
-    solved = _descend([x[:1]], start, whip, 200, record, tqdm(disable=True))
-    alone = _descend([x[1:]], start, whip, 200, record, tqdm(disable=True))
-    taken.clear()
-    both = _descend([x], torch.cat([solved, start]), whip, 200, record, tqdm(disable=True))
-    assert loss_of({"x": x[1]}, both[1]) < 1.0005 * loss_of({"x": x[1]}, alone[0])
-    assert loss_of({"x": x[1]}, alone[0]) < 0.99 * loss_of({"x": x[1]}, start[0])
-    assert 2 < len(taken) < 200
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -40,7 +40,7 @@ TESTS = {  # what must notice a change, the quickest first
     "transform/hadamard.py": ["hadamard"],
     "transform/orthogonal.py": ["properties", "joint"],
     "quant/gptq.py": ["gptq", "properties"],
-    "learn/solver.py": ["r2", "joint"],
+    "learn/solver.py": ["solver", "r2", "joint"],
     "model/walk.py": ["walk", "properties", "activations"],
 }
 
