@@ -29,7 +29,7 @@ def main(folder: str, text: str) -> None:
     calibration = get_calibration_data(tokenizer, nsamples=2, seqlen=128, dataset=text)
     acts = collect_activations(model, calibration, site_targets(model, "qkv", "ug", "o"))
     r2_acts = {name: acts.pop(name) for name in site_targets(model, "o")}
-    R1 = train_r1_joint(acts, 2048, 4, max_steps=2)
+    R1 = train_r1_joint(acts, 2048, 2, max_steps=2)
     R2 = train_r2_independent(r2_acts, 2048, 32, 8, max_steps=2)
     del acts, r2_acts
 

@@ -29,7 +29,8 @@ def run_file(tmp_path, tiny_model, tiny_tokenizer):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 50)
     settings = {"model": str(tmp_path / "tiny"), "profile": "quick", "nsamples": 2, "seqlen": 64, "eval_seqlen": 64,
-                "max_tokens": 64, "eval_windows": 2, "calib_dataset": str(text), "eval_dataset": str(text)}  # fmt: skip
+                "max_tokens": 64, "eval_windows": 2, "refine_steps": 1, "calib_dataset": str(text),
+                "eval_dataset": str(text)}  # fmt: skip
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(settings))
     return file
