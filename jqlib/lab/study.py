@@ -39,7 +39,8 @@ WITHOUT = {
     "tuning": replace(BEST, tune=False),
 }
 EFFORTS = {"quarter": {"step_tokens": 512}, "fourfold": {"step_tokens": 8192}}  # beside the study's own
-ASKED = ("fp", "rtn", "quarot-best", "jointquant-best", "jointquant-online")  # zero-shot questions
+ASKED = {name: RECIPES[name] for name in ("rtn", "quarot-best", "jointquant-best", "jointquant-online")}  # and FP
+QUESTIONS = 1000  # of each set, at most: the same for all
 KINDS = "rows", "questions"  # as the file has them
 SHOWN = ("group", "method", "label", "seed", "text", "w_bits", "a_bits", "kv_bits", "step_tokens", "ppl", "kl", "top1")
 NAME = ("group", "method", "task", "text", "seed", "w_bits", "a_bits")  # what a row is told by from any other
@@ -66,27 +67,31 @@ class Row:
     def key(self) -> str:
         """That of its artifact: what other code, settings or libraries would change."""
         of = self.config, self.recipe, self.w_bits, self.a_bits
-        step = pipeline.zero_shot_step(*of, self.task, None) if self.task else pipeline.evaluation_step(*of, {})
+        step = pipeline.zero_shot_step(*of, self.task, QUESTIONS) if self.task else pipeline.evaluation_step(*of, {})
         return step.path.stem
 
     def make(self) -> dict:
         of = self.config, self.recipe, self.w_bits, self.a_bits
-        row = row_of(*of, self.task) if self.task else pipeline.evaluate(*of)
+        row = row_of(*of, self.task, QUESTIONS) if self.task else pipeline.evaluate(*of)
         about = dict(zip(NAME, self.name, strict=True)) | {"label": self.label}
         about |= {"step_tokens": self.config.step_tokens, "device": self.config.device}
         return about | row | {"key": self.key(), "git_commit": git_commit()}
 
 
 def plan(device: str = "cpu") -> list[Row]:
-    """The rows; the deciding ones first, questions last, and none of these without lm-eval."""
+    """The rows, the deciding ones first, on both texts; beside those of `ASKED` their answers, if there is lm-eval."""
     config = make_config(CONFIG | {"device": device})
     rows = [Row("FP", "fp", "FP", config, None, OFF, OFF)]
 
     def add(group: str, recipes: dict[str, Recipe], w_bits: int = 4, a_bits: int = 4, **changes) -> None:
         for name, recipe in recipes.items():
             label = name if group == "without" else recipe.label
-            rows.append(Row(group, name, label, replace(config, **changes), recipe, w_bits, a_bits))
+            row = Row(group, name, label, replace(config, **changes), recipe, w_bits, a_bits)
+            if row not in rows:
+                rows.append(row)
 
+    add("methods", ASKED)
+    asked = len(rows)
     for seed in SEEDS:
         add("methods", DECIDING, seed=seed)
     add("halves", {"jointquant-best": BEST}, OFF, 4)
@@ -97,14 +102,13 @@ def plan(device: str = "cpu") -> list[Row]:
         add(f"effort: {effort}", {name: RECIPES[name] for name in ("quarot-learned", "jointquant-best")}, **changes)
     add("without", WITHOUT)
     add("methods", PLAIN)
-    everywhere = []
-    for row in rows:
-        everywhere.append(row)
+    planned, tasks = [], SETS if answers.installed() else ()
+    for i, row in enumerate(rows):
+        planned.append(row)
         if row.group != "without":  # and on text of another kind
-            everywhere.append(replace(row, config=replace(row.config, eval_dataset="news")))
-    asked = [row for row in rows if row.method in ASKED and row.config == config and row.group in ("FP", "methods")]
-    tasks = SETS if answers.installed() else ()
-    return everywhere + [replace(row, group="zero-shot", task=task) for task in tasks for row in asked]
+            planned.append(replace(row, config=replace(row.config, eval_dataset="news")))
+        planned += [replace(row, group="zero-shot", task=task) for task in tasks if i < asked]
+    return planned
 
 
 def study(minutes: float | None = None, device: str = "cpu") -> int:
