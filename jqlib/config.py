@@ -51,7 +51,7 @@ class Config:
     step_tokens: int = _setting(4096, "tokens of such a step")
     use_smooth: bool = _setting(True, "smooth the inputs of o_proj and down_proj")
     smooth_alpha: float = _setting(0.5, "smoothing strength: 0 follows the weights, 1 the activations")
-    w_bits: int = _setting(4, "bits of weights, 2 to 16; 16 leaves them alone")
+    w_bits: int = _setting(4, "bits of weights, 2 to 12; 16 leaves them alone")
     a_bits: int = _setting(4, "bits of activations, 2 to 16; 16 leaves them alone")
     kv_bits: int = _setting(16, "bits of the KV cache, 2 to 16; 16 leaves it alone")
     weights: Weights = _setting("rtn", "how weights are rounded: rtn or gptq")
@@ -77,6 +77,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name}={value}: expected a value from {low:g} to {high:g}")
+        if 12 < self.w_bits < 16:
+            raise ValueError(f"w_bits={self.w_bits}: weights have 2 to 12 bits, or 16, which leaves them alone")
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         if self.stream and self.refine_steps:

@@ -16,7 +16,8 @@ from jqlib.store import Artifact
 
 MODEL = ("model", "dtype", "device", "stream")
 TEXT = ("calib_dataset", "nsamples", "seqlen", "seed")
-LESSONS = (*MODEL, *TEXT, "refine_steps", "step_tokens", "compute_dtype")  # what stages by the loss go by
+# what stages by the loss go by
+LESSONS = (*MODEL, "calib_dataset", "seqlen", "seed", "refine_steps", "step_tokens", "compute_dtype")
 WINDOWS = ("eval_dataset", "eval_seqlen", "eval_windows", "eval_split", "eval_draw", "bos")
 
 

@@ -95,7 +95,8 @@ def _built(s, made: Made, a_bits: int = OFF, weights: Made | None = None) -> tup
     model, found = load_model(s), unpacked(made[0], made[1]["layouts"])
     grids = {name: transform.grid for name, transform in found.items()}
     for transform in found.values():
-        transform.grid.bits, transform.grid = a_bits, None
+        transform.grid.bits = a_bits
+        transform.grid = None  # it waits in `grids`
     replaced = {linear for name, linear in linears_of(model).items() if weights and f"{name}|codes" in weights[0]}
     build(model, {name: transform.to(model.device) for name, transform in found.items()}, replaced)
     return model, grids
@@ -242,6 +243,7 @@ def protocol(config: Config) -> dict:
         "calibration_seqlen": config.seqlen,
         "products": str(products_dtype(config.eval_compute_dtype, config.device)),
         "products_in_calibration": str(products_dtype(config.compute_dtype, config.device)),
+        "learned_on": f"{config.refine_steps} × {config.step_tokens} tokens, in stages by the loss",
         "not_quantised": "embeddings, lm_head" + (", KV cache" if config.kv_bits == OFF else ""),
         "hadamard": {name: in_blocks(size) for name, size in rotated_sizes(load_config(config.model)).items()},
     }  # fmt: skip

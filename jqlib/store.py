@@ -37,7 +37,8 @@ Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
 
 @dataclass(frozen=True)
 class Artifact:
-    """Something that is made once. Its key is a hash of ``settings``, ``code`` and the keys of its inputs.
+    """Something that is made once. Its key is a hash of ``kind``, ``settings``, ``code``, the keys of its inputs
+    and the versions of `DECIDING`.
 
     ``make(*inputs)`` gives it, inputs as they are (tensors, values); a ``resumable`` one is also given ``resume``, the
     state that an unfinished making left behind (None: none), and ``keep``, which keeps one.

@@ -193,6 +193,8 @@ def test_layers_are_counted_by_their_numbers():
     (layers(), {"solver": "sgd", "lr": torch.inf}, FloatingPointError, "lr=inf: lower lr"),
     (layers(), {"solver": "cayley", "lr": torch.inf}, FloatingPointError, "lr=inf: lower lr"),
     (layers(), {"solver": "sgd", "epochs": 0}, ValueError, "epochs=0: at least 1 is needed"),
+    (layers(), {"solver": "sgd", "max_steps": -1}, ValueError, "max_steps=-1: 0 or more are needed"),
+    (layers(), {"max_steps": -1}, ValueError, "max_steps=-1: 0 or more are needed"),
 ])  # fmt: skip
 def test_bad_input(acts, arguments, error, message):
     with pytest.raises(error, match=message):

@@ -152,6 +152,12 @@ def test_a_foreign_file_is_refused(tiny_model, tmp_path):
             load_model(tmp_path / name)
 
 
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("These are not the weights you are looking for.")
+    with pytest.raises(ValueError, match=r"notes.txt is damaged, or no safetensors file"):
+        load_model(tmp_path / "notes.txt")
+
+
 def test_a_file_that_lacks_a_weight_is_refused(tiny_model, tmp_path):
     model = tiny_model()
     quantize_model(model, 4, 16, 16)

@@ -12,6 +12,7 @@ from jqlib.model.walk import walk
 from jqlib.quant.gptq import gptq
 from jqlib.quant.packed import codes_of, pack_weights, set_weight, unpack_weights, vectors_of
 from jqlib.quant.quantize import round_inputs, round_weights
+from jqlib.transform.build import build, transforms_of
 from jqlib.transform.grids import spread
 from jqlib.transform.transform import Grid
 
@@ -58,6 +59,28 @@ def test_what_it_leaves_lies_on_the_grid_and_is_all_in_its_tensors(tiny_model, t
     round_inputs(again, grids_of(again))
     unpack_weights(again, pack_weights(model) | vectors_of(model), 4, 20)
     assert torch.equal(model(windows).logits, again(windows).logits)
+
+
+def test_activations_left_alone_behind_a_transform_that_runs(tiny_model, tokens):
+    """W4A16 with R4: its site has a transform and no grid, so no clip to learn."""
+    model, windows = tiny_model(), tokens(8, 32)
+    build(model, transforms_of(model, online=("down",)))
+    exact = model(windows).logits
+    round_layer_by_layer(model, windows, 8, 20, grids_of(model, 16), Steps(2, tokens=64))
+    torch.testing.assert_close(model(windows).logits, exact, rtol=0, atol=0.1 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_models_learn(tiny_model, tokens, dtype):
+    """Outputs whose squares float16 can't hold; gains of bfloat16, whose next number above 1 is two steps away."""
+    model, windows = tiny_model(dtype=dtype), tokens(8, 32)
+    model.get_input_embeddings().weight.data *= 400
+    round_layer_by_layer(model, windows, 3, 20, grids_of(model), Steps(40, tokens=256))
+    fp, found = tiny_model(dtype=dtype).state_dict(), model.state_dict()
+    gains = torch.cat([found[name].float() / fp[name].float() for name in fp if "layernorm" in name])
+    assert gains.isfinite().all()
+    assert (gains > 1).float().mean() > 0.1
+    assert (gains < 1).float().mean() > 0.1
 
 
 def test_it_resumes_at_the_layer_it_was_at(tiny_model, tokens):

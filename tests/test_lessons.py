@@ -51,7 +51,8 @@ def test_lessons_are_the_fp_models_and_it_learns_nothing_from_itself(tiny_model,
 def test_windows_are_cut_into_pieces(monkeypatch, tokens):
     monkeypatch.setattr(module, "PIECE", 10)
     windows = tokens(2, 24)
-    assert torch.equal(cut(windows), torch.stack([w[i : i + 10] for w in windows for i in (0, 10)]))
+    assert torch.equal(cut(windows), torch.stack([w[i : i + 8] for w in windows for i in (0, 8, 16)]))
+    assert torch.equal(cut(windows[:, :20]), windows[:, :20].reshape(4, 10))
     assert torch.equal(cut(windows[:, :7]), windows[:, :7])
 
 

@@ -134,6 +134,19 @@ def test_a_refinement_is_for_the_bits_of_the_run(config):
     assert all(transform.grid.clip != found[8][name].grid.clip for name, transform in found[3].items())
 
 
+@pytest.mark.parametrize("method", ["jointquant-best", "control", "quarot-learned", "jointquant-online"])
+def test_what_learns_layer_by_layer_learns_with_activations_left_alone(config, method):
+    row = pipeline.evaluate(config, RECIPES[method], 4, 16)
+    assert (row["w_bits"], row["a_bits"]) == (4, 16)
+    assert 0 < row["kl"] < pipeline.evaluate(config, RECIPES[method], 4, 3)["kl"]
+
+
+def test_what_the_loss_teaches_does_not_depend_on_the_calibration_windows(config):
+    other = replace(config, nsamples=config.nsamples + 1)
+    assert pipeline.lessons_step(config).path == pipeline.lessons_step(other).path
+    assert pipeline.fp_hidden_step(config).path == pipeline.fp_hidden_step(other).path
+
+
 def test_tuning_shares_the_refinement_and_leaves_nothing_unfinished(config, monkeypatch):
     monkeypatch.setattr("jqlib.learn.steps.KEEP_EVERY", 2)
     tuned = pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)

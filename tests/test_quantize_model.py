@@ -100,6 +100,7 @@ def test_bfloat16_stays(tiny_model, tokens):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"w_bits": 1}, "w_bits=1: bits are whole numbers from 2 to 16"),
+    ({"w_bits": 15}, "w_bits=15: weights have 2 to 12 bits, or 16, which leaves them alone"),
     ({"a_bits": 1}, "a_bits=1: bits are whole numbers"),
     ({"a_bits": 17}, "a_bits=17"),
     ({"w_bits": 4.0}, r"w_bits=4.0"),

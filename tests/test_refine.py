@@ -8,7 +8,7 @@ import torch
 from jqlib import collect_activations, site_targets
 from jqlib.learn import steps
 from jqlib.learn.lessons import teach
-from jqlib.learn.refine import learnable, refine, simulated
+from jqlib.learn.refine import learnable_transforms, refine, simulated
 from jqlib.learn.rotations import train_r1_joint, train_r2_independent
 from jqlib.learn.smooth import compute_simple_smooth_scale
 from jqlib.learn.steps import Steps
@@ -147,7 +147,7 @@ def test_a_clip_is_held_at_1(tokens):
 def test_a_clip_that_reached_1_comes_back(start):
     """Beyond 1 it would feel no gradient: `minimise_by_steps` holds it there."""
     model, lessons, transforms = start(False, clip=1.0)
-    with simulated(model, transforms), learnable(sites_of(model), transforms, ("clip",)) as clips:
+    with simulated(model, transforms), learnable_transforms(sites_of(model), transforms, ("clip",)) as clips:
         lessons.loss(model, torch.tensor([0])).backward()
     assert len(clips) == 8
     assert all(knob.item() == 1 for knob in clips.values())

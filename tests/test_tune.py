@@ -5,7 +5,7 @@ import torch
 
 from jqlib import quantize_model
 from jqlib.learn import steps
-from jqlib.learn.lessons import teach
+from jqlib.learn.lessons import Lessons, teach
 from jqlib.learn.rounded import OnGrid
 from jqlib.learn.steps import Steps
 from jqlib.learn.tune import tune
@@ -54,6 +54,30 @@ def test_the_loss_falls_and_codes_stay(quantised, tiny_model, tokens, a_bits, kv
     assert len(clips) == (8 if a_bits < 16 else 0)
     assert all(clip != torch.tensor(0.9).item() for clip in clips)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_interrupted_it_leaves_what_was_learned_so_far(quantised, tiny_model, tokens, monkeypatch):
+    """Norms, clips and weights of one moment, not some of them as before."""
+    model, lessons = quantised(), teach(tiny_model(), tokens(4, 64))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    first, loss, made = total(model, lessons), Lessons.loss, []
+
+    def at_the_ninth(self, model, pieces):
+        made.append(pieces)
+        if len(made) == 9:
+            raise KeyboardInterrupt
+        return loss(self, model, pieces)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lessons, "loss", at_the_ninth)
+        with pytest.raises(KeyboardInterrupt):
+            tune(model, lessons, Steps(40))
+    moved = [name for name, weight in model.state_dict().items() if not torch.equal(before[name], weight)]
+    assert moved == [name for name in before if "norm" in name or "proj" in name]
+    for linear in linears_of(model).values():
+        codes = codes_of(linear)
+        assert torch.equal(linear.weight, codes * spread(linear.grid.scale.float(), 20, codes))
+    assert total(model, lessons) < first
 
 
 def test_a_group_wider_than_a_row_is_the_row(tiny_model):

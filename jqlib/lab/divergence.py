@@ -54,7 +54,7 @@ def predicted(
     for label, transforms in rotations.items():
         for name, transform in transforms.items():
             x, h = seen[name]
-            of = partial(cost, transform.to(model.device), w_bits=OFF, groupsize=1)
+            of = partial(cost, transform.to(model.device), w_bits=OFF, groupsize=x.shape[1])
             first = slice(None, None, windows.shape[1])
             rows.append({
                 "rotation": label, "site": name, "kind": places[name].kind, "predicted": of(x, h).item(),

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from jqlib.learn.lessons import ROWS, cut
 from jqlib.learn.recompute import recomputing
-from jqlib.learn.refine import learnable
+from jqlib.learn.refine import learnable_transforms
 from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import R1_SITES, family_of, norms_of, sites_of
 from jqlib.model.walk import removing
@@ -70,7 +70,7 @@ def train_r1_output(
         with parametrize.cached():
             return torch.stack([cost(transforms[name], *xh, w_bits, groupsize) for name, xh in seen.items()]).sum()
 
-    with learnable(sites_of(model), transforms, tuple(RATES)) as knobs, recomputing(model, steps.together):
+    with learnable_transforms(sites_of(model), transforms, tuple(RATES)) as knobs, recomputing(model, steps.together):
         minimise_by_steps(knobs, loss, ids, RATES, steps, "output")
     R1 = polar(next(iter(transforms.values())).rotation.matrix).cpu()
     return R1, {name: transform.gain.detach().cpu() for name, transform in transforms.items()}
@@ -79,7 +79,7 @@ def train_r1_output(
 def cost(transform: Transform, x: Tensor, h: Tensor, w_bits: int, groupsize: int) -> Tensor:
     """Nats per token that rounding a site's transformed input and its readers' weights costs; x, h: (tokens, n)."""
     z, e, grid = transform.apply(x), transform.dual(h), transform.grid
-    width = grid.clip * (z.amax(1) - z.amin(1))
+    width = grid.clip * (z.amax(1).clamp(min=0) - z.amin(1).clamp(max=0))
     activations = (width.square() * e.square().sum(1)).mean() / (12 * (2**grid.bits - 1) ** 2)
     groups = zip(z.square().mean(0).split(groupsize), e.square().mean(0).split(groupsize), strict=True)
     weights = WEIGHT_NOISE * 4.0 ** (4 - w_bits) * sum(energy.sum() * felt.mean() for energy, felt in groups)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from jqlib.learn.rounded import RATES, learnable
+from jqlib.learn.rounded import RATES, learnable_weights
 from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import Place, sites_of
 from jqlib.model.walk import Step, walk
@@ -69,15 +69,15 @@ def _learn(
     """Learn a rounded layer, towards ``targets``, its outputs in FP for all pieces."""
     linears = {name: linear for place in places for name, linear in place.linears.items()}
     norms = {place.name: place.norm for place in places if place.norm is not None}
-    rounded = [place for place in places if clips and hasattr(place.host, "transform")]
-    grids = {place.name: place.host.transform.grid for place in rounded}
+    standing = {place.name: place.host.transform for place in places if hasattr(place.host, "transform")}
+    grids = {name: transform.grid for name, transform in standing.items() if clips and transform.rounds}
 
     def loss(chosen: Tensor) -> Tensor:
-        x, y = step.hidden[chosen], targets[chosen]
+        x, y = step.hidden[chosen], targets[chosen].float()  # squares of float16 numbers overflow
         with products_in(steps.dtype, x.device):
             found = step.run(x)
         return ((found - y).square().sum(-1) / y.square().sum(-1)).mean()
 
     alone = replace(steps, keep=None, resume=None, quiet=True)
-    with learnable(linears, norms, grids, aims) as knobs:
+    with learnable_weights(linears, norms, grids, aims) as knobs:
         minimise_by_steps(knobs, loss, pieces, RATES, alone, step.name)

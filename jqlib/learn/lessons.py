@@ -49,8 +49,8 @@ def teach(model: nn.Module, windows: Tensor, dtype: torch.dtype = torch.float32)
 
 
 def cut(windows: Tensor) -> Tensor:
-    """(windows, seqlen) as (pieces, tokens): PIECE tokens each, or seqlen if that is less."""
-    length = min(PIECE, windows.shape[1])
+    """(windows, seqlen) as (pieces, tokens): each window in as few equal pieces as have PIECE tokens at most."""
+    length = windows.shape[1] // -(-windows.shape[1] // PIECE)
     return windows[:, : windows.shape[1] // length * length].reshape(-1, length)
 
 

@@ -38,8 +38,8 @@ def refine(
 
     Raises ValueError for grids of 16 bits or an unknown kind, FloatingPointError if the loss is not finite.
     """
-    if wrong := [t.grid.bits for t in transforms.values() if t.grid.bits == OFF]:
-        raise ValueError(f"a_bits={wrong[0]}: refine learns by the rounding of activations, to 2..15 bits")
+    if any(transform.grid.bits == OFF for transform in transforms.values()):
+        raise ValueError(f"a_bits={OFF}: refine learns by the rounding of activations, to 2..15 bits")
     if not learn or not {*learn} <= {*RATES}:
         raise ValueError(f"learn={learn!r}: expected some of {', '.join(RATES)}")
 
@@ -49,7 +49,7 @@ def refine(
         with products_in(steps.dtype, model.device):
             return lessons.loss(model, pieces)
 
-    learning = learnable(sites_of(model), transforms, learn)
+    learning = learnable_transforms(sites_of(model), transforms, learn)
     with simulated(model, transforms), learning as knobs, recomputing(model, steps.together):
         once = partial(made_once, transforms)
         minimise_by_steps(knobs, loss, lessons.ids, RATES, steps, "refining", once)
@@ -115,7 +115,7 @@ class Exp(nn.Module):
 
 
 @contextmanager
-def learnable(
+def learnable_transforms(
     places: dict[str, Place], transforms: dict[str, Transform], kinds: tuple[str, ...]
 ) -> Iterator[dict[str, Tensor]]:
     """Within it the parts of these kinds are functions of what is learned: ``{"<kind> <site>": parameter}``.

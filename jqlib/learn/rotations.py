@@ -153,6 +153,8 @@ def _solve(data, start: Tensor, training: Training) -> Tensor:
         raise ValueError(f"solver={solver!r} needs the activations of all layers in memory: give a dict")
     if training.epochs < 1:
         raise ValueError(f"epochs={training.epochs}: at least 1 is needed")
+    if max_steps is not None and max_steps < 0:
+        raise ValueError(f"max_steps={max_steps}: 0 or more are needed")
     if history:
         raise ValueError(f"history holds {len(history)} steps already: give an empty list")
     loss = OBJECTIVES[training.objective]

@@ -21,7 +21,7 @@ INSIDE = 0.49  # of a cell: the farthest from its code that a weight starts
 
 
 @contextmanager
-def learnable(
+def learnable_weights(
     linears: Mapping[str, nn.Linear], norms: Mapping[str, nn.Module], grids: Mapping[str, Grid],
     aims: Mapping[str, Tensor] | None = None,
 ) -> Iterator[dict[str, Tensor]]:  # fmt: skip
@@ -50,19 +50,19 @@ def learnable(
             parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
         for part in (*norms.values(), *linears.values(), *grids.values()):
             part.requires_grad_(False)
-    for name, linear in linears.items():
-        set_weight(linear, *forms[name].ends(), linear.grid.bits, linear.grid.groupsize)
+        for name, linear in linears.items():  # here too, or an interruption would leave norms that these don't suit
+            set_weight(linear, *forms[name].ends(), linear.grid.bits, linear.grid.groupsize)
 
 
 class Factor(nn.Module):
-    """A vector times a factor for each of its numbers."""
+    """A vector times a factor for each of its numbers, in float32: a step of Adam is less than bfloat16 adds to 1."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.factor = nn.Parameter(torch.ones_like(weight))
+        self.factor = nn.Parameter(torch.ones_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.factor
+        return (weight * self.factor).to(weight.dtype)
 
 
 class OnGrid(nn.Module):

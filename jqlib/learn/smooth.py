@@ -30,9 +30,9 @@ def compute_simple_smooth_scale(
 
     s has one entry per input channel of the site; at ``o`` one per channel of the kv heads, (kv heads · head_dim),
     taken over the query heads of a group. A channel that is always 0 keeps s = 1.
-    ``measure="l2"`` has root sums of squares in the place of maxima. Then α = 0.5 is best in front of a Hadamard
+    ``measure="l2"`` has root means of squares in the place of maxima. Then α = 0.5 is best in front of a Hadamard
     transform: it spreads both roundings' noise evenly, so that either costs ‖X S⁻¹‖² ‖W S‖² (Frobenius, S = diag s),
-    and by Cauchy–Schwarz no S makes this less than (Σ_j ‖X_j‖ ‖W_:j‖)², which s_j² = ‖X_j‖ / ‖W_:j‖ reaches.
+    and by Cauchy–Schwarz no S makes this less than (Σ_j ‖X_j‖ ‖W_:j‖)², which s_j² ∝ ‖X_j‖ / ‖W_:j‖ reaches.
     ``moments``, if given, are used in place of a pass over ``calib_data``.
 
     Raises ValueError for α outside [0, 1] and an unknown measure.

@@ -1,4 +1,4 @@
-"""The loop of the stages that go by the loss (`fisher`, `refine`, `tune`): small steps of Adam.
+"""The loop of all stages that learn (`fisher`, `refine`, `layerwise`, `tune`): small steps of Adam.
 
 Rates, numbers of steps and the noise of weights in these stages, and the clip of 0.9, were chosen on the articles "A"
 and "Aristotle", which are validation text (`embedded`); so is all that we choose (``--eval_split``).
@@ -22,7 +22,8 @@ BETAS, EPS = (0.9, 0.99), 1e-15  # gradients of single weights are far below Ada
 
 @dataclass(frozen=True)
 class Steps:
-    """How many, each on so many ``tokens``, on text in the order of ``seed``, matrix products in ``dtype``.
+    """How many, each on so many ``tokens`` (in whole pieces, at least one), on text in the order of ``seed``, matrix
+    products in ``dtype``.
 
     ``keep`` receives the state every KEEP_EVERY steps, flat tensors by name; ``resume`` continues from one. ``quiet``:
     no progress of their own.
@@ -49,8 +50,8 @@ def minimise_by_steps(
     """Adam on ``knobs``, in place; the first word of a knob's name is its kind, and ``rates`` has that kind's rate.
 
     ``loss_of``: the mean loss on pieces of the text ``ids``, (pieces, tokens), given their numbers. Rates rise over 5
-    steps and fall linearly to 0; knobs of the kind "clip" are held at 1. ``within``: a loss is made, and the way back
-    from it gone, within what it gives.
+    steps and fall linearly to 0; knobs of the kind "clip" stay at 1 or less. ``within``: a loss is made, and the way
+    back from it gone, within what it gives.
 
     Raises FloatingPointError if the loss is not finite.
     """

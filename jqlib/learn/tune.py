@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jqlib.learn.lessons import Lessons
 from jqlib.learn.recompute import recomputing
-from jqlib.learn.rounded import RATES, learnable
+from jqlib.learn.rounded import RATES, learnable_weights
 from jqlib.learn.steps import Steps, minimise_by_steps
 from jqlib.model.families import family_of, norms_of
 from jqlib.precision import products_in
@@ -36,5 +36,5 @@ def tune(model: nn.Module, lessons: Lessons, steps: Steps = Steps(), *, clips: b
         with products_in(steps.dtype, model.device):
             return lessons.loss(model, pieces)
 
-    with learnable(rounded_linears(model), norms, grids) as knobs, recomputing(model, steps.together):
+    with learnable_weights(rounded_linears(model), norms, grids) as knobs, recomputing(model, steps.together):
         minimise_by_steps(knobs, loss, lessons.ids, RATES, steps, "tuning")

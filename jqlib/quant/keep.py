@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -55,7 +55,11 @@ def unrounded(model: nn.Module) -> dict[str, Tensor]:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model that `save_model` wrote, on a device. Raises ValueError for a file that is not one of ours."""
-    with safe_open(path, "pt") as file:
+    try:
+        opened = safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, or no safetensors file ({error}); jqlib.save_model writes one") from error
+    with opened as file:
         metadata = file.metadata() or {}
         if "jointquant" not in metadata:
             raise ValueError(f"{path} was not written by jqlib.save_model; a model folder is read by jqlib.get_model")

@@ -17,8 +17,7 @@ class WeightGrid(nn.Module):
         self.packed: Tensor | None = None  # the codes, where the weight itself comes and goes (`jqlib.model.stream`)
 
     def put_away(self, linear: nn.Linear) -> None:
-        if self.packed is None:
-            self.packed = pack(codes_of(linear), self.bits)
+        self.packed = packed_codes(linear)
 
     def bring_back(self, linear: nn.Linear) -> None:
         codes = unpack(self.packed.to(self.scale.device), self.bits, linear.in_features)

@@ -32,8 +32,8 @@ def fuse_layer_norms(model: nn.Module) -> None:
     """
     check_family(model.config)
     begin(model, "fused")
+    done(model).add("fused")  # before the weights change, or after Ctrl-C a second call would change them twice
     merge(model, {name: Transform(gamma_of(norm)) for name, norm in norms_of(model).items()}, fuse=True)
-    done(model).add("fused")
 
 
 def rotate_model(
@@ -105,9 +105,9 @@ def build(model: nn.Module, transforms: dict[str, Transform], replaced: Collecti
     check_family(model.config)
     check_stream([transforms[name] for name in norms_of(model)])
     fuse = stream_of(model, transforms) is not None
+    done(model).update({"rotated", "fused"} if fuse else {"rotated"})
     merge(model, transforms, fuse, replaced)
     install_left(model, transforms)
-    done(model).update({"rotated", "fused"} if fuse else {"rotated"})
 
 
 def done(model: nn.Module) -> set[str]:

@@ -2,7 +2,7 @@
 
 A matrix of order n is the Kronecker product of small ones, each from a classical construction
 (Sylvester, Paley I and II, Williamson). The transform applies the small factors one after the other.
-For a size that has none here (13,696 = 4 · 3424, or a head of 100), a transform has blocks of the largest order that
+For a size that has none here (13,696 = 107 · 128, or a head of 100), a transform has blocks of the largest order that
 divides it.
 """
 

@@ -116,7 +116,8 @@ class Transform(nn.Module):
         return h if self.gain is None else h / self.gain.to(h)
 
     def simulate(self, x: Tensor) -> Tensor:
-        """x with the error that rounding z makes, in x's own basis: what a built model computes, nothing merged."""
+        """x with the error that rounding z makes, in x's own basis: what a built model computes, nothing merged.
+        (But where a gain is exactly 0: x has lost that channel, which a built model rounds among the others.)"""
         return self.undo(self.grid(self.apply(x))).to(dtype_of_products(x))
 
     def forward(self, x: Tensor) -> Tensor:
