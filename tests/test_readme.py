@@ -198,7 +198,11 @@ def test_the_readme_can_be_read_at_a_sitting():
 
 def test_the_snippet(capsys):
     (snippet,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    for word, small in (("max_windows=8", "max_windows=1"), ("max_tokens=256", "max_tokens=32")):
+    for word, small in (
+        ("max_windows=8", "max_windows=1"),
+        ("max_tokens=256", "max_tokens=32"),
+        ("nsamples=8", "nsamples=2"),
+    ):
         assert word in snippet
         snippet = snippet.replace(word, small)
     exec(snippet, {})
