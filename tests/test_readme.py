@@ -18,6 +18,7 @@ from jqlib.config import KINDS, ROOT, make_config
 from jqlib.export.can import check_form
 from jqlib.lab.checks import check_inputs
 from jqlib.lab.run import select_notebooks
+from jqlib.model.questions import SETS
 from jqlib.pipeline import recipe_of, settled
 from jqlib.recipes import RECIPES
 
@@ -190,6 +191,24 @@ def test_the_first_table_is_the_studys():
     shares = [y["kl"] / x["kl"] for x, y in zip(ours, alone, strict=True)]
     shares += [math.log(y["ppl"] / f) / math.log(x["ppl"] / f) for x, y, f in zip(ours, alone, fp, strict=True)]
     assert f"{100 * min(shares):.0f} to {max(shares):.0%}" in README  # what is left is the activations'
+
+
+def test_the_answers_are_the_studys():
+    """The table of zero-shot accuracies, each with its interval, in per cent."""
+    rows = json.loads((ROOT / "figures/study.json").read_text())["questions"]
+    study = {(row["task"], row["label"]): row for row in rows}
+    lines = [
+        line for line in README.splitlines() if line.startswith(("| questions |", *(f"| `{name}`" for name in SETS)))
+    ]
+    (_, *labels), *table = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in lines]
+    assert len(table) == len(SETS)
+    for name, *cells in table:
+        task = name.split("`")[1]
+        for label, cell in zip(labels, cells, strict=True):
+            row = study[task, label]
+            value, low, high = (f"{100 * row[metric]:.1f}" for metric in ("acc", "acc_low", "acc_high"))
+            assert cell == f"{value} ({low} to {high})"
+        assert f"({study[task, labels[0]]['chance']:.0%})" in name
 
 
 def test_the_readme_can_be_read_at_a_sitting():
