@@ -21,7 +21,7 @@ test: .venv/made
 # on the artifacts that `make test` left, else it takes ten minutes more; says so and passes where there is no Chromium
 test-browser: .venv/made
 	$(BIN)/python -c "import playwright" 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[browser]"
-	JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output $(BIN)/python -m pytest -v -rs -s tests/browser
+	JOINTQUANT_OUTPUT=$(CURDIR)/.nbval_output OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -rsP tests/browser
 
 bench: .venv/made
 	$(BIN)/python tests/bench/solvers.py

@@ -185,7 +185,7 @@ def explore(page, number):
     page.wait_for_function(f"() => document.querySelector('{PLOT}').layout.annotations[1].text.includes('of the way')")
     page.screenshot(path=SHOTS / f"{number}_explorer_on_the_way.png")
     end = f"before => ({STATE})(document.querySelector('{PLOT}')) === before"
-    page.wait_for_function(end, arg=before, timeout=MINUTES / 2)  # the film ends where it was
+    page.wait_for_function(end, arg=before, timeout=MINUTES)  # the film ends where it was
 
 
 def click_a_token(page, number):
