@@ -1,5 +1,7 @@
 """The KV cache on its grid: scores by hand, generation token by token, fewer bits more error."""
 
+import inspect
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -34,7 +36,8 @@ def test_token_by_token_is_the_whole_at_once(tiny_model, tokens):
     with torch.inference_mode():
         whole = model(batch, use_cache=False).logits
         cache = DynamicCache()
-        parts = [model(batch[:, [i]], past_key_values=cache).logits for i in range(batch.shape[1])]
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        parts = [model(batch[:, [i]], **{name: cache}).logits for i in range(batch.shape[1])]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-3, atol=1e-4)
     for layer in cache.layers:  # what is kept is on the grid: 16 values a token and head
         assert max(len(row.unique()) for row in layer.values.view(-1, head_dim_of(model))) <= 16

@@ -108,8 +108,8 @@ class JointQuantForCausalLM(BaseModel):
             module.register_forward_pre_hook(lambda module, args: (run(args[0]), *args[1:]))
 
     def _behind_a_grid(self, attention: nn.Module, args, kwargs):
-        cache = RoundingCache(kwargs.get("past_key_values"), attention.kv_grid, self.turned)
-        return args, kwargs | {"past_key_values": cache}
+        name = "cache" if "cache" in kwargs else "past_key_values"  # transformers 5.24 has renamed it
+        return args, kwargs | {name: RoundingCache(kwargs.get(name), attention.kv_grid, self.turned)}
 
     def turned(self, x: Tensor, inverse: bool = False) -> Tensor:
         """x H/√n, H the Kronecker product of small Hadamard matrices, or blocks of it."""

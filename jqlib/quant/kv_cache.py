@@ -38,7 +38,8 @@ def quantize_kv_cache(model: nn.Module, bits: int) -> None:
 
 
 def _behind_a_grid(attention: nn.Module, args, kwargs):
-    return args, kwargs | {"past_key_values": RoundingCache(kwargs.get("past_key_values"), attention.kv_grid)}
+    name = "cache" if "cache" in kwargs else "past_key_values"  # transformers 5.24 has renamed it
+    return args, kwargs | {name: RoundingCache(kwargs.get(name), attention.kv_grid)}
 
 
 class RoundingCache:
