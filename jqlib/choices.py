@@ -14,6 +14,15 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
+FINEST = 12  # bits of weights that are rounded: with more, float16 has too few numbers for their scales
+
+
+def check_weight_bits(w_bits: int) -> None:
+    """Raise ValueError for 13 to 15 bits: their errors would be larger than those of 12."""
+    if FINEST < w_bits < 16:
+        raise ValueError(f"w_bits={w_bits}: weights have 2 to {FINEST} bits, or 16, which leaves them alone")
+
+
 def check_choice(name: str, value: object, allowed) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``: a Literal type, or the names themselves."""
     names = get_args(allowed) or tuple(allowed)

@@ -11,7 +11,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jqlib.choices import ComputeDtype, Draw, Dtype, InitMode, Objective, Solver, Split, Weights, check_choice
+from jqlib.choices import (
+    ComputeDtype,
+    Draw,
+    Dtype,
+    InitMode,
+    Objective,
+    Solver,
+    Split,
+    Weights,
+    check_choice,
+    check_weight_bits,
+)
 from jqlib.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,8 +88,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name}={value}: expected a value from {low:g} to {high:g}")
-        if 12 < self.w_bits < 16:
-            raise ValueError(f"w_bits={self.w_bits}: weights have 2 to 12 bits, or 16, which leaves them alone")
+        check_weight_bits(self.w_bits)
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         if self.stream and self.refine_steps:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jqlib.model.families import linears_of, site_targets
-from jqlib.transform.build import build, transforms_of
+from jqlib.transform.build import build, fuse_layer_norms, rotate_model, transforms_of
 
 HIDDEN = 48
 
@@ -31,3 +31,22 @@ def test_weights_to_be_replaced_are_left_and_all_else_is_built(tiny_model, ortho
     for name, tensor in waiting.state_dict().items():
         linear = name.removesuffix(".weight")
         assert torch.equal(tensor, untouched[linear] if linear in linears else expected[name]), name
+
+
+@pytest.mark.parametrize("step", ["fused", "rotated"])
+def test_a_model_whose_merging_was_interrupted_is_not_merged_again(tiny_model, orthogonal, monkeypatch, step):
+    """Gammas are 1 already, but weights have not taken them: a second call would go on from there in silence."""
+
+    def ctrl_c(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    model = tiny_model()
+    again = fuse_layer_norms if step == "fused" else lambda model: rotate_model(model, orthogonal(HIDDEN))
+    if step == "rotated":
+        fuse_layer_norms(model)
+    with monkeypatch.context() as patch:
+        patch.setattr("jqlib.transform.build.merge", ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            again(model)
+    with pytest.raises(RuntimeError, match=f"this model is {step} already: load it again"):
+        again(model)

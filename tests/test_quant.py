@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jqlib.transform.grids import FINEST, bits_per_weight, quantize_activation, quantize_weight, weight_scales
+from jqlib.choices import FINEST
+from jqlib.transform.grids import bits_per_weight, quantize_activation, quantize_weight, weight_scales
 
 BITS = st.integers(2, 8)
 SEEDS = st.integers(0, 2**31)

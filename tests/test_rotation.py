@@ -219,25 +219,6 @@ def test_bad_norm_scales_leave_the_model_alone(tiny_model, orthogonal, rotated, 
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
 
 
-@pytest.mark.parametrize("step", ["fused", "rotated"])
-def test_a_model_whose_merging_was_interrupted_is_not_merged_again(tiny_model, orthogonal, monkeypatch, step):
-    """Gammas are 1 already, but weights have not taken them: a second call would go on from there in silence."""
-
-    def ctrl_c(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    model = tiny_model()
-    again = fuse_layer_norms if step == "fused" else lambda model: rotate_model(model, orthogonal(HIDDEN))
-    if step == "rotated":
-        fuse_layer_norms(model)
-    with monkeypatch.context() as patch:
-        patch.setattr("jqlib.transform.build.merge", ctrl_c)
-        with pytest.raises(KeyboardInterrupt):
-            again(model)
-    with pytest.raises(RuntimeError, match=f"this model is {step} already: load it again"):
-        again(model)
-
-
 def test_order_of_steps_is_enforced(tiny_model, orthogonal):
     model, R = tiny_model(), orthogonal(HIDDEN)
     with pytest.raises(RuntimeError, match="R1 needs a model whose norms are fused: call fuse_layer_norms"):

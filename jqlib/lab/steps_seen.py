@@ -20,7 +20,7 @@ from jqlib.quant.gptq import gptq, hessians_of
 from jqlib.quant.packed import packed_codes, rounded_linears, scales_of
 from jqlib.recipes import Recipe
 from jqlib.transform.grids import quantize_weight
-from jqlib.transform.install import standing
+from jqlib.transform.install import standing_grids
 
 
 class Watched:
@@ -106,6 +106,6 @@ def _numbers(model: nn.Module) -> dict[str, Tensor]:
     norms = (*norms_of(model).values(), model.get_submodule(family_of(model).final_norm))
     found = {
         "scales of weight groups": scales_of(model).values(), "gains of norms": [norm.weight for norm in norms],
-        "clips": [transform.grid.clip for transform in standing(model).values() if transform.rounds],
+        "clips": [grid.clip for grid in standing_grids(sites_of(model).values()).values()],
     }  # fmt: skip
     return {kind: torch.cat([x.detach().flatten().double() for x in of]) for kind, of in found.items() if of}

@@ -13,7 +13,7 @@ from jqlib.model.evaluate import last_hidden
 from jqlib.model.families import family_of, sites_of
 from jqlib.model.walk import walk
 from jqlib.transform.grids import OFF
-from jqlib.transform.install import standing
+from jqlib.transform.install import standing_grids
 
 
 class Passage(NamedTuple):
@@ -51,7 +51,8 @@ def one_at_a_time(model: nn.Module, windows: Tensor) -> pd.DataFrame:
     """The KL (nats per token) from itself with nothing rounded, when one site of one layer rounds what it reads: layer
     down, kind of site across. ``model``: its activations are rounded, its weights not; afterwards nothing is.
     """
-    grids, places = {name: t.grid for name, t in standing(model).items() if t.rounds}, sites_of(model)
+    places = sites_of(model)
+    grids = standing_grids(places.values())
     bits = {name: grid.bits for name, grid in grids.items()}
     for grid in grids.values():
         grid.bits = OFF

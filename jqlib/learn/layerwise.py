@@ -19,6 +19,7 @@ from jqlib.precision import products_in
 from jqlib.quant.gptq import hessians_of, round_site
 from jqlib.quant.packed import pack_weights, unpack_weights, vectors_of
 from jqlib.quant.quantize import set_grid
+from jqlib.transform.install import standing_grids
 from jqlib.transform.transform import Grid
 
 EVERY = 4  # one piece of text in so many goes into GPTQ's Hessians
@@ -69,8 +70,7 @@ def _learn(
     """Learn a rounded layer, towards ``targets``, its outputs in FP for all pieces."""
     linears = {name: linear for place in places for name, linear in place.linears.items()}
     norms = {place.name: place.norm for place in places if place.norm is not None}
-    standing = {place.name: place.host.transform for place in places if hasattr(place.host, "transform")}
-    grids = {name: transform.grid for name, transform in standing.items() if clips and transform.rounds}
+    grids = standing_grids(places) if clips else {}
 
     def loss(chosen: Tensor) -> Tensor:
         x, y = step.hidden[chosen], targets[chosen].float()  # squares of float16 numbers overflow

@@ -11,11 +11,11 @@ from jqlib.learn.lessons import Lessons
 from jqlib.learn.recompute import recomputing
 from jqlib.learn.rounded import RATES, learnable_weights
 from jqlib.learn.steps import Steps, minimise_by_steps
-from jqlib.model.families import family_of, norms_of
+from jqlib.model.families import family_of, norms_of, sites_of
 from jqlib.precision import products_in
 from jqlib.quant.packed import rounded_linears
 from jqlib.transform.build import done
-from jqlib.transform.install import standing
+from jqlib.transform.install import standing_grids
 
 
 def tune(model: nn.Module, lessons: Lessons, steps: Steps = Steps(), *, clips: bool = True) -> None:
@@ -28,8 +28,7 @@ def tune(model: nn.Module, lessons: Lessons, steps: Steps = Steps(), *, clips: b
     if "quantised" not in done(model):
         raise RuntimeError("tune needs a model whose weights are rounded: call quantize_model(model) before it")
     norms = norms_of(model) | {"final": model.get_submodule(family_of(model).final_norm)}
-    grids = {name: transform.grid for name, transform in standing(model).items() if transform.rounds and clips}
-
+    grids = standing_grids(sites_of(model).values()) if clips else {}
     lessons = lessons.to(model.device)
 
     def loss(pieces: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 from jqlib.fused import fused
 
 OFF = 16  # bits that mean "leave in floating point"
-FINEST = 12  # bits of weights that are rounded
 BLOCK = 2**17  # weights whose scales are searched at a time
 CLIPS = [1 - 0.025 * i for i in range(29)]  # clip ratios 1.00 … 0.30 searched for a weight group
 
@@ -162,13 +161,10 @@ def rounding_error(x: Tensor, bits: int = 4, clip: float = 1.0, groupsize: int |
 
 
 def check_bits(**bits: int) -> None:
-    """ValueError unless every given number of bits is a whole number from 2 to 16, of weights from 2 to 12 or 16: with
-    13 to 15 their scales would lie where float16 has few numbers, and more bits would give larger errors."""
+    """ValueError unless every given number of bits is a whole number from 2 to 16."""
     for name, value in bits.items():
         if not isinstance(value, int) or not 2 <= value <= OFF:
             raise ValueError(f"{name}={value}: bits are whole numbers from 2 to 16, and 16 means not quantised")
-        if name == "w_bits" and FINEST < value < OFF:
-            raise ValueError(f"w_bits={value}: weights have 2 to {FINEST} bits, or 16, which leaves them alone")
 
 
 def bits_per_weight(w_bits: int, w_groupsize: int) -> float:

@@ -1,10 +1,12 @@
 """What is left of transforms after merging stands in the model, at its site, and runs with it."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from jqlib.model.families import Place, linears_of, sites_of
 from jqlib.model.refuse import refuse_to_save
-from jqlib.transform.transform import Transform
+from jqlib.transform.transform import Grid, Transform
 
 ONLINE = (
     "this model has Hadamard transforms online or rounds its activations, which a Hugging Face checkpoint does not "
@@ -40,6 +42,12 @@ def _before(linear: nn.Module, args) -> tuple:
 def standing(model: nn.Module) -> dict[str, Transform]:
     """The transforms that stand in the model, by site."""
     return {name: place.host.transform for name, place in sites_of(model).items() if hasattr(place.host, "transform")}
+
+
+def standing_grids(places: Iterable[Place]) -> dict[str, Grid]:
+    """The grids at these sites that round what runs through, by site."""
+    there = {place.name: place.host.transform for place in places if hasattr(place.host, "transform")}
+    return {name: transform.grid for name, transform in there.items() if transform.rounds}
 
 
 def online_operations(model: nn.Module) -> float:
