@@ -5,7 +5,6 @@ import torch
 
 from jqlib.learn import lessons as module
 from jqlib.learn.lessons import Divergence, cut, teach
-from jqlib.precision import dtype_of_products, products_dtype, products_in
 
 
 def parts(tokens=10, hidden=6, vocabulary=17, dtype=torch.double):
@@ -54,25 +53,3 @@ def test_windows_are_cut_into_pieces(monkeypatch, tokens):
     assert torch.equal(cut(windows), torch.stack([w[i : i + 8] for w in windows for i in (0, 8, 16)]))
     assert torch.equal(cut(windows[:, :20]), windows[:, :20].reshape(4, 10))
     assert torch.equal(cut(windows[:, :7]), windows[:, :7])
-
-
-@pytest.mark.parametrize(("has", "dtype"), [
-    ({"amx_bf16": True}, torch.bfloat16), ({"avx512_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32),
-])  # fmt: skip
-def test_auto_asks_the_processor_what_it_has(monkeypatch, has, dtype):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
-    assert products_dtype("auto", "cpu") == dtype
-    assert products_dtype("auto", "cuda") == torch.bfloat16
-    assert products_dtype("float32", "cuda") == torch.float32
-
-
-def test_products_alone_are_in_bfloat16(tiny_model, tokens):
-    model, ids = tiny_model(), tokens(1, 32)
-    x = torch.ones(1)
-    with products_in(torch.bfloat16, model.device):
-        found, inside = model(ids).logits, dtype_of_products(x)
-    assert (inside, dtype_of_products(x)) == (torch.bfloat16, torch.float32)
-    exact = model(ids).logits
-    assert 0 < (found - exact).abs().max() < 0.1 * exact.abs().max()
-    with products_in(torch.float32, model.device):
-        assert torch.equal(model(ids).logits, exact)

@@ -1,5 +1,6 @@
 """Where a rounded model's loss arises: over its depth, and at one site of one layer."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import pandas as pd
@@ -9,9 +10,10 @@ from tqdm import tqdm
 
 from jqlib.lab.told import losses
 from jqlib.learn.lessons import Divergence
-from jqlib.model.evaluate import last_hidden
 from jqlib.model.families import family_of, sites_of
+from jqlib.model.stream import present
 from jqlib.model.walk import walk
+from jqlib.precision import fast_float32
 from jqlib.transform.grids import OFF
 from jqlib.transform.install import standing_grids
 
@@ -56,11 +58,18 @@ def one_at_a_time(model: nn.Module, windows: Tensor) -> pd.DataFrame:
     bits = {name: grid.bits for name, grid in grids.items()}
     for grid in grids.values():
         grid.bits = OFF
-    head, exact, rows = model.get_output_embeddings().weight, last_hidden(model, windows).flatten(0, 1), []
+    steps = [(step, step.hidden.clone()) for step in walk(model, windows)]  # each with what its layer is given
+    norm, head, rows = model.get_submodule(family_of(model).final_norm), model.get_output_embeddings().weight, []
+    exact = norm(steps[-1][0].hidden).flatten(0, 1)
     for name, grid in tqdm(grids.items(), "one site at a time", unit="site"):
-        grid.bits = bits[name]
-        kl = Divergence.apply(last_hidden(model, windows).flatten(0, 1), head, exact, head).item()
-        rows.append({"layer": places[name].layer, "site": places[name].kind, "kl": kl})
+        grid.bits, onwards = bits[name], steps[places[name].layer :]
+        hidden = onwards[0][1].clone()
+        for step, _ in onwards:
+            with present(model, step.layer):
+                replace(step, hidden=hidden).forward()
         grid.bits = OFF
+        with fast_float32(hidden.device):
+            kl = Divergence.apply(norm(hidden).flatten(0, 1), head, exact, head).item()
+        rows.append({"layer": places[name].layer, "site": places[name].kind, "kl": kl})
     table = pd.DataFrame(rows)
     return table.pivot(index="layer", columns="site", values="kl")[table.site.unique()]

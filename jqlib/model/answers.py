@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from jqlib.model.questions import SETS, questions
+from jqlib.precision import fast_float32
 
 MISSING = "zero-shot tasks need lm-eval: pip install -c constraints.txt -e '.[lm-eval]'"
 KINDS = ("multiple_choice", "loglikelihood")
@@ -92,7 +93,8 @@ def answers(model, tokenizer, tasks: list, limit: int | None, dtype: torch.dtype
     half = torch.bfloat16 if dtype == torch.bfloat16 else None
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, mixed_precision_dtype=half)
     drawn = {task.task_name: _sample(len(task.eval_docs), limit) for task in tasks}
-    found = evaluate(lm, {"tasks": {task.task_name: task for task in tasks}}, samples=drawn, bootstrap_iters=0)
+    with fast_float32(model.device):
+        found = evaluate(lm, {"tasks": {task.task_name: task for task in tasks}}, samples=drawn, bootstrap_iters=0)
     asked = [each for of_task in found["samples"].values() for each in of_task]
     right = {m: torch.tensor([each[m] for each in asked]).to(torch.uint8) for m in METRICS if m in asked[0]}
     likely = [float(choice[0]) for each in asked for choice in each["filtered_resps"]]

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from jqlib.model.families import layers_of
 from jqlib.model.stream import present
+from jqlib.precision import fast_float32
 
 
 def tokens_at_once(device: str | torch.device) -> int:
@@ -34,8 +35,9 @@ class Step:
     def forward(self) -> None:
         """Take the hidden states through the layer: they are the next layer's then."""
         self.done = True
-        for part in self.parts():
-            self.hidden[part] = self.run(self.hidden[part])
+        with fast_float32(self.hidden.device):
+            for part in self.parts():
+                self.hidden[part] = self.run(self.hidden[part])
 
     def parts(self) -> list[slice]:
         """The windows, as many together as are run at once."""
@@ -64,7 +66,7 @@ class Step:
             self.layer.get_submodule(module).register_forward_pre_hook(lambda _, args, name=name: keep(name, args[0]))
             for module, name in names.items()
         ]
-        with removing(handles), suppress(_SeenAllError):
+        with removing(handles), suppress(_SeenAllError), fast_float32(x.device):
             self.run(x)
         return found
 
