@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import linear
 
 from jqlib.model.walk import walk
-from jqlib.precision import dtype_of_products, fast_float32, products_dtype, products_in
+from jqlib.precision import dtype_of_products, products_dtype, products_in
+from jqlib.product import fast_float32, product
 
 CPU = torch.device("cpu")
 
@@ -72,3 +73,19 @@ def test_a_walk_is_what_the_model_computes(wide, tiny_model, tokens):
         expected = model.base_model(windows, output_hidden_states=True, use_cache=False).last_hidden_state
         found = model.base_model.norm(step.hidden)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((7, 16), (16, 9)), ((2, 3, 16), (16, 9)), ((1, 7, 16), (1, 16, 9)), ((4, 7, 16), (4, 16, 9))]
+)
+def test_a_product_and_its_gradients_are_matmuls(wide, shapes):
+    generator = torch.Generator().manual_seed(0)
+    x, R = (torch.randn(shape, generator=generator).mT.contiguous().mT.requires_grad_() for shape in shapes)
+    slope = torch.randn((x @ R).shape, generator=generator)
+    found = product(x, R)
+    expected = x.double() @ R.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for y, wanted in zip(
+        torch.autograd.grad(found, (x, R), slope), torch.autograd.grad(expected, (x, R), slope.double()), strict=True
+    ):
+        torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)

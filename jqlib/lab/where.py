@@ -13,7 +13,7 @@ from jqlib.learn.lessons import Divergence
 from jqlib.model.families import family_of, sites_of
 from jqlib.model.stream import present
 from jqlib.model.walk import walk
-from jqlib.precision import fast_float32
+from jqlib.product import fast_float32
 from jqlib.transform.grids import OFF
 from jqlib.transform.install import standing_grids
 

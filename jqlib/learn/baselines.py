@@ -9,6 +9,7 @@ from tqdm import tqdm
 from jqlib.choices import Objective, Solver
 from jqlib.learn.objectives import Loss
 from jqlib.learn.solver import Minibatches, minimise
+from jqlib.product import product
 from jqlib.transform.orthogonal import nearby_polar
 
 BATCHES = 12  # batches an epoch: 64 files of 2048 tokens a batch over 10% of 128 samples of 30 layers, 2 sites
@@ -56,9 +57,9 @@ def cayley(layers, start: Tensor, loss: Loss, training: Training, record) -> Ten
     eye, R, momentum = torch.eye(start.shape[-1], device=start.device), start, torch.zeros_like(start)
     for step in tqdm(_steps(training, batches), "rotation (Cayley SGD)", unit="step"):
         x = batches[step % len(batches)]
-        value, slope = loss(x @ R)
+        value, slope = loss(product(x, R))
         _check(value, step, lr)
-        gradient = x.mT @ slope / x.shape[1]
+        gradient = product(x.mT, slope) / x.shape[1]
         momentum = 0.9 * momentum + (gradient @ R.mT - R @ gradient.mT)
         turn = lr / 2 * momentum
         _check(turn, step, lr)
@@ -87,7 +88,7 @@ def _by_autograd(Z: Tensor, optimiser, layers, loss: Loss, training: Training, r
         Q = _q_factor(Z)
         if step:
             record(Q.detach())
-        y = batches[step % len(batches)] @ Q
+        y = product(batches[step % len(batches)], Q)
         value, slope = loss(y.detach())
         _check(value, step, lr)
         optimiser.zero_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from jqlib.choices import Objective
+from jqlib.product import product
 from jqlib.transform.grids import asymmetric_codes
 
 P = 8  # of the objective lp
@@ -71,9 +72,9 @@ def mean_loss(batches: Iterable[Tensor], R: Tensor, objective: Loss, chunk: int 
     loss = torch.zeros(len(R), dtype=torch.float64, device=R.device)
     gradient, count = torch.zeros_like(R), torch.zeros_like(loss)
     for x in _chunks(batches, chunk):
-        value, slope = objective(x @ R)
+        value, slope = objective(product(x, R))
         loss += value.sum(-1).double()
-        gradient.baddbmm_(x.mT, slope)
+        gradient += product(x.mT, slope)
         count += x.shape[1]
     over_ranks(loss, gradient, count)
     return loss / count, gradient / count[:, None, None].to(R.dtype)
@@ -84,7 +85,7 @@ def mean_value(batches: Iterable[Tensor], R: Tensor, objective: Loss, chunk: int
     loss = torch.zeros(len(R), dtype=torch.float64, device=R.device)
     count = torch.zeros_like(loss)
     for x in _chunks(batches, chunk):
-        loss += objective(x @ R)[0].sum(-1).double()
+        loss += objective(product(x, R))[0].sum(-1).double()
         count += x.shape[1]
     over_ranks(loss, count)
     return loss / count

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jqlib.model.questions import SETS, questions
-from jqlib.precision import fast_float32
+from jqlib.product import fast_float32
 
 MISSING = "zero-shot tasks need lm-eval: pip install -c constraints.txt -e '.[lm-eval]'"
 KINDS = ("multiple_choice", "loglikelihood")

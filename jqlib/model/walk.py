@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from jqlib.model.families import layers_of
 from jqlib.model.stream import present
-from jqlib.precision import fast_float32
+from jqlib.product import fast_float32
 
 
 def tokens_at_once(device: str | torch.device) -> int:

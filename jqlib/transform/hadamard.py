@@ -11,6 +11,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from jqlib.product import product
+
 SYLVESTER = 128  # powers of two are applied in blocks of at most this order (fastest of 8..128 on a CPU)
 
 # Williamson's four symmetric circulants of order m, for 4m. Of each first row the first m // 2 + 1
@@ -46,7 +48,7 @@ def hadamard_transform(x: Tensor, inverse: bool = False) -> Tensor:
             H = _factor(order, y.dtype, y.device)
             H = H.T if inverse else H
             y = y.view(-1, order, block)  # (tokens · before, order, block)
-            y = y.view(-1, order) @ H if block == 1 else H.T @ y
+            y = product(y.view(-1, order), H) if block == 1 else H.T @ y
             block *= order
     return y.reshape(x.shape).to(x.dtype)
 

@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
+from jqlib.product import product
+
 
 def polar(M: Tensor) -> Tensor:
     """The orthogonal polar factor of M: the rotation nearest to it."""
     R = by_inverses(M) if M.is_cuda else by_svd(M)
     if not orthogonality_error(R) < 1e-3:  # both can fail on ill-conditioned data
         R = by_svd(M.double()).to(M)
-    return 1.5 * R - 0.5 * R @ (R.mT @ R)  # one Newton–Schulz step takes what rounding left
+    return 1.5 * R - 0.5 * product(R, product(R.mT, R))  # one Newton–Schulz step takes what rounding left
 
 
 def by_svd(M: Tensor) -> Tensor:
@@ -18,7 +20,7 @@ def by_svd(M: Tensor) -> Tensor:
         U, _, Vh = torch.linalg.svd(M)
     except torch.linalg.LinAlgError:
         return torch.full_like(M, torch.nan)
-    return U @ Vh
+    return product(U, Vh)
 
 
 def by_inverses(M: Tensor) -> Tensor:
@@ -36,11 +38,11 @@ def by_inverses(M: Tensor) -> Tensor:
 
 def nearby_polar(M: Tensor) -> Tensor:
     """`polar` for an M that is not far from a rotation, by Newton–Schulz: products only."""
-    bound = (M.mT @ M).abs().sum(-1).amax(-1).sqrt()  # of the largest singular value; scaling keeps the polar factor
+    bound = product(M.mT, M).abs().sum(-1).amax(-1).sqrt()  # of the largest singular value
     R, eye = M / bound[..., None, None], torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     for _ in range(15):
-        gram = R.mT @ R
-        R = 1.5 * R - 0.5 * R @ gram
+        gram = product(R.mT, R)
+        R = 1.5 * R - 0.5 * product(R, gram)
         if (gram - eye).abs().max() < 1e-4:  # the step just taken squares it
             return R
     return polar(M)
@@ -54,4 +56,4 @@ def turned(R: Tensor, generator: Tensor) -> Tensor:
 
 def orthogonality_error(R: Tensor) -> float:
     """The largest entry of \\|RᵀR − I\\|."""
-    return (R.mT @ R - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).abs().max().item()
+    return (product(R.mT, R) - torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).abs().max().item()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jqlib.precision import dtype_of_products
+from jqlib.product import product
 from jqlib.transform.grids import OFF, quantize_activation
 from jqlib.transform.hadamard import hadamard_transform, transform_operations
 
@@ -25,7 +26,7 @@ class Rotation(nn.Module):
         R = self.matrix.to(x)
         R = R.mT if inverse else R
         if R.ndim == 2:
-            return x @ R
+            return product(x, R)
         return torch.einsum("...kgd,kde->...kge", x.unflatten(-1, (len(R), -1, R.shape[-1])), R).flatten(-3)
 
     def extra_repr(self) -> str:
