@@ -20,6 +20,7 @@ from jqlib.lab.zero_shot import share_right, table, zero_shot
 from jqlib.model import answers, questions
 from jqlib.model.answers import MISSING, find_task
 from jqlib.model.embedded import CORPUS_WHEEL, cache_dir
+from jqlib.product import fast_float32
 from jqlib.quant.quantize import quantize_model
 from jqlib.transform.hadamard import random_hadamard
 
@@ -105,7 +106,7 @@ def by_hand(model, tokenizer, name, rows):
         start, mine = len(tokenizer(asked).input_ids), []
         for choice in row["choices"]:
             ids = torch.tensor(tokenizer(f"{asked} {choice}").input_ids)
-            with torch.inference_mode():
+            with torch.inference_mode(), fast_float32(model.device):  # or ties of rounding fall otherwise
                 logs = model(ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
             mine.append(logs.gather(1, ids[1:, None])[start - 1 :].sum().item())
         per = [value / len(choice) for value, choice in zip(mine, row["choices"], strict=True)]
