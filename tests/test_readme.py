@@ -174,8 +174,9 @@ def test_the_first_table_is_the_studys():
     ]
     said = {(cells[0].partition(":")[0], cells[1]): cells[2:] for cells in table[2:]}
     labels = {"FP": ("fp", 16, 16), "QuaRot, best": ("quarot-best", 4, 16), "Control": ("control", 4, 16)}
-    labels |= {"JointQuant, best": ("jointquant-best", 4, 16), "the same, + KV4": ("jointquant-best", 4, 4)}
-    labels |= {"the same, weights left alone (W16A4)": ("jointquant-best", 16, 16)}
+    labels |= {"JointQuant, best": ("jointquant-best", 4, 16), "best, + KV4": ("jointquant-best", 4, 4)}
+    labels |= {"best, weights left alone (W16A4)": ("jointquant-best", 16, 16)}
+    labels |= {"JointQuant, online": ("jointquant-online", 4, 16)}
     assert said.keys() == {(label, text) for label in labels for text in ("wiki", "news")}
     for (label, text), cells in said.items():
         row, fp, quarot = (study[*labels[of], text] for of in (label, "FP", "QuaRot, best"))
