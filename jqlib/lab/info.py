@@ -13,6 +13,7 @@ from jqlib.learn.recompute import kept_bytes
 from jqlib.model.families import R1_SITES, family_of, linears_of, rotated_sizes, sites_of
 from jqlib.model.load import without_weights
 from jqlib.precision import products_dtype
+from jqlib.product import product
 from jqlib.transform.hadamard import block_order, factors, in_blocks
 
 TEST_TEXT = 300_000  # tokens, about, of WikiText-2's test split
@@ -117,5 +118,5 @@ def _time(config: Config, in_layers: int, head: int, dtype: torch.dtype) -> list
 
 def _operations_per_second(device: str, dtype: torch.dtype, n: int = 1024) -> float:
     x = torch.ones(n, n, device=device, dtype=dtype)
-    timer = Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
+    timer = Timer("product(x, x)", globals={"x": x, "product": product}, num_threads=torch.get_num_threads())
     return 2 * n**3 / timer.timeit(4).mean
