@@ -21,6 +21,7 @@ from jqlib import pipeline
 from jqlib.config import Config
 from jqlib.model.evaluate import evaluate_windows
 from jqlib.model.walk import walk
+from jqlib.product import fast_float32
 
 TIE = 1e-4  # a token that differs by more has a number on the other side of a tie
 
@@ -40,7 +41,8 @@ def apart(ours: nn.Module, theirs: nn.Module, windows: Tensor) -> dict[str, Tens
 
 @torch.inference_mode()
 def perplexity(model: nn.Module, windows: Tensor) -> float:
-    nll = [cross_entropy(model(window[None]).logits[0, :-1], window[1:]).item() for window in windows]
+    with fast_float32(windows.device):  # by the library that ours are multiplied by: another one's ties fall otherwise
+        nll = [cross_entropy(model(window[None]).logits[0, :-1], window[1:]).item() for window in windows]
     return math.exp(sum(nll) / len(nll))
 
 
