@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, distributed
 
 from jqlib.choices import Objective
-from jqlib.fused import fused
 from jqlib.product import product
 from jqlib.transform.grids import asymmetric_codes
 
@@ -18,7 +17,6 @@ P = 8  # of the objective lp
 BITS = 4  # of the objective quant_error
 
 
-@fused
 def whip(y: Tensor) -> tuple[Tensor, Tensor]:
     """Σ exp(−|y_j|) (DartQuant, eq. 5): small values are pushed outwards, so the large ones must give way."""
     e = torch.exp(-y.abs())
@@ -97,7 +95,7 @@ def second_moment(batches: Iterable[Tensor], like: Tensor) -> Tensor:
     """XᵀX / tokens, shaped as ``like``: (B, n, n)."""
     gram, count = torch.zeros_like(like), torch.zeros(1, device=like.device)
     for x in batches:
-        gram += product(x.mT, x)
+        gram.baddbmm_(x.mT, x)
         count += x.shape[1]
     over_ranks(gram, count)
     return gram / count

@@ -20,7 +20,6 @@ Losses that no moderate λ majorises (range, kurtosis, lp, quant_error) begin wi
 Lie algebra: an angle per step is given, the same for every loss and size.
 """
 
-from inspect import unwrap
 from itertools import islice
 from zlib import crc32
 
@@ -28,7 +27,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from jqlib.fused import fused
 from jqlib.learn.objectives import Loss, mean_loss, mean_value, over_ranks, second_moment, whip
 from jqlib.transform.orthogonal import nearby_polar, polar
 
@@ -92,7 +90,7 @@ def _majorising_passes(batches, R, objective, steps, record, bar):
         for group in _grouped(batches, len(batches) // size):
             if steps == 0:
                 break
-            energy, target = mean_loss(group, R, lambda y: _majoriser(y, damping, unwrap(objective)))
+            energy, target = mean_loss(group, R, lambda y: _majoriser(objective, damping, y))
             ridge = RIDGE * damping * (2 / R.shape[-1] * energy.float()[:, None, None])
             R = polar(target + ridge * R)
             steps = None if steps is None else steps - 1
@@ -102,8 +100,7 @@ def _majorising_passes(batches, R, objective, steps, record, bar):
     return R, steps
 
 
-@fused
-def _majoriser(y: Tensor, damping: Tensor, objective: Loss) -> tuple[Tensor, Tensor]:
+def _majoriser(objective, damping: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """‖y‖²/2, and the slope of h(y) = λy²/2 − f(y)."""
     return y.square().sum(-1) / 2, damping * y - objective(y)[1]
 
