@@ -1,6 +1,7 @@
 """The dtype of matrix products, where it may differ from the model's; norms, transforms, grids, losses keep theirs."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -18,9 +19,11 @@ def products_dtype(choice: ComputeDtype, device: str | torch.device) -> torch.dt
     return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else torch.float32
 
 
-def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+@contextmanager
+def products_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """Within it products are in bfloat16, if that is the dtype; else as the model has them, and fast."""
-    return torch.autocast(device.type, torch.bfloat16) if dtype == torch.bfloat16 else fast_float32(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16), fast_float32(device):
+        yield
 
 
 def dtype_of_products(x: torch.Tensor) -> torch.dtype:

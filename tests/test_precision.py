@@ -62,6 +62,8 @@ def test_fast_products_leave_gradients_and_other_dtypes_alone(wide):
             assert linear(x.double(), W.double()).dtype == torch.double
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(x, W).dtype == torch.bfloat16
+            with products_in(torch.float32, CPU):  # whatever stands around it
+                assert linear(x, W).dtype == torch.float32
     torch.testing.assert_close(W.grad, torch.full((4, 8), 3.0))
 
 

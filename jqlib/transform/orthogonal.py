@@ -37,7 +37,7 @@ def by_inverses(M: Tensor) -> Tensor:
 
 
 def nearby_polar(M: Tensor) -> Tensor:
-    """`polar` for an M that is not far from a rotation, by Newton–Schulz: products only."""
+    """`polar` for an M that is not far from a rotation, by Newton–Schulz: products only. Scaling keeps the factor."""
     bound = product(M.mT, M).abs().sum(-1).amax(-1).sqrt()  # of the largest singular value
     R, eye = M / bound[..., None, None], torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
     for _ in range(15):
