@@ -8,6 +8,7 @@ import torch
 
 from jqlib.lab import explore
 from jqlib.lab.geodesic import Geodesic, film
+from jqlib.learn.rotations import initial_rotation
 from jqlib.transform.grids import quantize_activation, rounding_error
 from jqlib.transform.hadamard import random_hadamard
 
@@ -125,6 +126,16 @@ def test_a_rotation_that_is_a_reflection_twice():
     R = torch.diag(torch.tensor([1.0, -1, 1, -1]))
     half = Geodesic(R).of(torch.eye(4), 0.5)
     torch.testing.assert_close(half @ half, R, rtol=0, atol=1e-6)
+
+
+def test_planes_that_turn_by_the_same_angle():
+    """Also by angles that differ by less than can be told from their cosines."""
+    turn = lambda angle: torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])  # noqa: E731
+    angles = torch.tensor([0.3, 0.3, 0.3, 2.0, 2.0, 1e-4, 2e-4, -0.3])
+    Z = initial_rotation(2 * len(angles), "random", 0)
+    path = Geodesic(Z @ torch.block_diag(*map(turn, angles)) @ Z.T)
+    half = Z @ torch.block_diag(*map(turn, angles / 2)) @ Z.T
+    torch.testing.assert_close(path.of(torch.eye(len(Z)), 0.5), half, rtol=0, atol=1e-5)
 
 
 def test_the_film_ends_where_it_says(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor
 from jqlib.lab import tokens
 from jqlib.lab.geodesic import Geodesic
 from jqlib.lab.style import colour_of
+from jqlib.product import product
 from jqlib.transform.grids import rounding_errors
 
 STEPS = 20  # of the slider from no rotation to the right side's
@@ -85,7 +86,7 @@ class Choice:
         x, R = self.acts[site][layer], self.rotations[site][name]
         if R is None:
             return x
-        return x @ R if t == 1 else self.path(site, name).of(x, t)
+        return product(x, R) if t == 1 else self.path(site, name).of(x, t)
 
     def seen(self, site: str, layer: int, name: str, t: float, bits: int) -> tuple[Tensor, Tensor]:
         """A site's tokens behind the share ``t`` of a rotation, (tokens, n), and the rounding error of each."""

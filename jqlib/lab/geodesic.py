@@ -10,16 +10,19 @@ from scipy.linalg import schur
 from torch import Tensor
 
 from jqlib.lab.tokens import Turning
+from jqlib.product import product
 
-SMALL = 1e-6  # below it an entry under the diagonal is 0
+SMALL = 1e-6  # below it an entry under the diagonal is 0, and two cosines are the same
 
 
 class Geodesic:
     """R(t) = exp(t log R) for an orthogonal ``R``, (n, n): R(0) = I, R(1) = R, and each plane of R turns evenly.
 
     The real Schur form R = Z T Zᵀ gives the planes: T is the identity but for 2 × 2 rotations by an angle θ, which
-    become rotations by tθ. Entries −1 are paired to planes that turn by π. No path leads from I to an R of determinant
-    −1: there the last column changes its sign, one new channel in n (``flipped``).
+    become rotations by tθ. Entries −1 are paired to planes that turn by π. R + Rᵀ is 2 cos θ in a plane: its
+    eigenvectors part planes of different angles, ten times sooner than the Schur form, which parts those of the same.
+    No path leads from I to an R of determinant −1: there the last column changes its sign, one new channel in n
+    (``flipped``).
     """
 
     def __init__(self, R: Tensor):
@@ -27,7 +30,12 @@ class Geodesic:
         self.flipped = np.linalg.slogdet(R)[0] < 0
         if self.flipped:
             R[:, -1] *= -1
-        T, Z = schur(R)
+        cosines, Z = np.linalg.eigh(R + R.T)
+        T = Z.T @ R @ Z
+        for same in np.split(np.arange(len(T)), np.flatnonzero(np.diff(cosines) > SMALL) + 1):
+            if len(same) > 2:
+                T[np.ix_(same, same)], inside = schur(T[np.ix_(same, same)])
+                Z[:, same] = Z[:, same] @ inside
         first = np.flatnonzero(np.abs(np.diag(T, -1)) > SMALL)
         alone = np.setdiff1d(np.arange(len(T)), [first, first + 1])
         turned = alone[np.diag(T)[alone] < 0]  # an even number of them: the determinant is 1
@@ -39,10 +47,10 @@ class Geodesic:
 
     def of(self, x: Tensor, t: float) -> Tensor:
         """x R(t), (tokens, n)."""
-        z = x @ self.Z
+        z = product(x, self.Z)
         a, b, cos, sin = z[:, self.planes], z[:, self.partners], (t * self.angles).cos(), (t * self.angles).sin()
         z[:, self.planes], z[:, self.partners] = a * cos - b * sin, a * sin + b * cos
-        return z @ self.Z.T
+        return product(z, self.Z.T)
 
 
 def film(x: Tensor, R: Tensor, bits: int, to: Path, frames: int = 40) -> HTML:

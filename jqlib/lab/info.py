@@ -64,7 +64,7 @@ def peak_bytes(config: Config) -> int:
 
 def streamed_bytes(config: Config) -> int:
     """About the most memory that a run by ``--stream`` takes, the notebook's Python: embeddings and two heads; rounded
-    weights, packed; hidden states thrice; a layer, and in float64 its largest matrix thrice or a Hessian twice."""
+    weights, packed; hidden states thrice; a layer, and its largest matrix thrice or a Hessian twice in float64."""
     model, size = without_weights(config.model), dtype_of(config).itemsize
     shape, linears = model.config, linears_of(model)
     ends = 3 * shape.vocab_size * shape.hidden_size * size
@@ -74,7 +74,7 @@ def streamed_bytes(config: Config) -> int:
     sites = sites_of(model).values()
     hessians = 4 * sum(site.width**2 for site in sites) // shape.num_hidden_layers
     widest, largest = max(site.width for site in sites), max(linear.weight.numel() for linear in linears.values())
-    matrix = 8 * max(3 * largest, 2 * widest**2)
+    matrix = max(4 * 3 * largest, 8 * 2 * widest**2)
     layer = _numel(linears.values()) // shape.num_hidden_layers * size
     return int(ends + packed + hidden + hessians + matrix + layer) + PYTHON
 
