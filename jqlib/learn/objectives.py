@@ -15,6 +15,7 @@ from jqlib.transform.grids import asymmetric_codes
 
 P = 8  # of the objective lp
 BITS = 4  # of the objective quant_error
+CHUNK = 1024  # tokens that are rotated at a time: a processor's cache holds what is made of them
 
 
 def whip(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,7 +64,7 @@ OBJECTIVES: dict[Objective, Loss] = {
 }  # fmt: skip
 
 
-def mean_loss(batches: Iterable[Tensor], R: Tensor, objective: Loss, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+def mean_loss(batches: Iterable[Tensor], R: Tensor, objective: Loss, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """Mean over tokens of an objective of XR, (B,) float64, and its gradient in R, (B, n, n).
 
     ``batches``: the tokens X in pieces (B, tokens, n); ``R``: (B, n, n): B independent problems (one for R1,
@@ -80,7 +81,7 @@ def mean_loss(batches: Iterable[Tensor], R: Tensor, objective: Loss, chunk: int 
     return loss / count, gradient / count[:, None, None].to(R.dtype)
 
 
-def mean_value(batches: Iterable[Tensor], R: Tensor, objective: Loss, chunk: int = 4096) -> Tensor:
+def mean_value(batches: Iterable[Tensor], R: Tensor, objective: Loss, chunk: int = CHUNK) -> Tensor:
     """`mean_loss` without the gradient: (B,) float64."""
     loss = torch.zeros(len(R), dtype=torch.float64, device=R.device)
     count = torch.zeros_like(loss)
@@ -95,7 +96,7 @@ def second_moment(batches: Iterable[Tensor], like: Tensor) -> Tensor:
     """XᵀX / tokens, shaped as ``like``: (B, n, n)."""
     gram, count = torch.zeros_like(like), torch.zeros(1, device=like.device)
     for x in batches:
-        gram.baddbmm_(x.mT, x)
+        gram += product(x.mT, x)
         count += x.shape[1]
     over_ranks(gram, count)
     return gram / count

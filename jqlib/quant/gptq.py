@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from jqlib.model.families import Place, sites_of
 from jqlib.model.walk import Step, walk
+from jqlib.product import product
 from jqlib.quant.packed import set_weight
 from jqlib.replay import Replayed
 from jqlib.transform.grids import round_symmetric, round_to_nearest, spread, weight_scales
@@ -192,4 +193,5 @@ def _statistics(step: Step, plain: Step | None, group: Iterable[Place]) -> tuple
 
 
 def _add_product(sums: dict[str, Tensor], name: str, a: Tensor, b: Tensor) -> None:
-    sums[name] = sums[name].addmm_(a.T, b) if name in sums else a.T @ b
+    found = product(a.T, b)
+    sums[name] = sums[name].add_(found) if name in sums else found
