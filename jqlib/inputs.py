@@ -1,6 +1,6 @@
 """What the steps of a run read: its model and text, and the artifact of a step."""
 
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import torch
@@ -18,6 +18,7 @@ MODEL = ("model", "dtype", "device", "stream")
 TEXT = ("calib_dataset", "nsamples", "seqlen", "seed")
 # what stages by the loss go by
 LESSONS = (*MODEL, "calib_dataset", "seqlen", "seed", "refine_steps", "step_tokens", "compute_dtype")
+CALIBRATION = ("model", "calib_dataset", "seqlen", "seed")
 WINDOWS = ("eval_dataset", "eval_seqlen", "eval_windows", "eval_split", "eval_draw", "bos")
 
 
@@ -33,23 +34,35 @@ def load_model(config: Config):
 
 def load_calibration(config: Config) -> Tensor:
     """The run's calibration windows, (nsamples, seqlen)."""
-    tokenizer = load.get_tokenizer(config.model)
-    return get_calibration_data(tokenizer, config.nsamples, config.seqlen, config.calib_dataset, config.seed)
-
-
-def evaluation_windows(config: Config) -> Windows:
-    """The run's evaluation windows."""
-    return get_evaluation_windows(
-        load.get_tokenizer(config.model), config.eval_dataset, config.eval_seqlen, config.eval_windows or None,
-        split=config.eval_split, windows=config.eval_draw, bos=config.bos,
-    )  # fmt: skip
+    return _calibration(*_known(config, CALIBRATION), config.nsamples, config.nsamples)
 
 
 def text_for(config: Config, tokens: int, least: int = 1) -> Tensor:
     """As many calibration windows as so many ``tokens`` of text need, or as there are, at ``least`` so many."""
-    needed = max(1, -(-tokens // config.seqlen))
-    tokenizer = load.get_tokenizer(config.model)
-    return get_calibration_data(tokenizer, needed, config.seqlen, config.calib_dataset, config.seed, least=least)
+    return _calibration(*_known(config, CALIBRATION), max(1, -(-tokens // config.seqlen)), least)
+
+
+def evaluation_windows(config: Config) -> Windows:
+    """The run's evaluation windows."""
+    return _evaluation(*_known(config, ("model", *WINDOWS)))
+
+
+def _known(config: Config, names: tuple[str, ...]) -> tuple[tuple, tuple]:
+    """These settings, and what they stand for, which other files of the same name would change."""
+    return tuple(getattr(config, name) for name in names), tuple(_content(config, name) for name in names)
+
+
+@cache  # a text takes longer to tokenise than a model to load, and all rows read the same
+def _calibration(settings: tuple, contents: tuple, count: int, least: int) -> Tensor:
+    model, dataset, seqlen, seed = settings
+    return get_calibration_data(load.get_tokenizer(model), count, seqlen, dataset, seed, least=least)
+
+
+@cache
+def _evaluation(settings: tuple, contents: tuple) -> Windows:
+    model, dataset, seqlen, count, split, draw, bos = settings
+    tokenizer = load.get_tokenizer(model)
+    return get_evaluation_windows(tokenizer, dataset, seqlen, count or None, split=split, windows=draw, bos=bos)
 
 
 def steps_of(s, seed: int = 0, **more) -> Steps:

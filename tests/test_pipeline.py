@@ -105,6 +105,16 @@ def test_what_is_refined_is_the_model_that_is_built(config, name, changes):
         assert lessons.loss(model, torch.tensor([0])).item() == pytest.approx(expected, rel=0.02)
 
 
+def test_a_text_that_changes_is_read_again(config, tmp_path):
+    """Windows are cut once in a process; not those of a file that is another by now, or of other settings."""
+    learned, read = pipeline.load_calibration(config), pipeline.evaluation_windows(config).ids
+    assert torch.equal(pipeline.load_calibration(config), learned)
+    assert len(pipeline.load_calibration(replace(config, nsamples=1))) == 1
+    (tmp_path / "text.txt").write_text("Pack my box with five dozen liquor jugs! " * 30)
+    assert not torch.equal(pipeline.load_calibration(config), learned)
+    assert not torch.equal(pipeline.evaluation_windows(config).ids, read)
+
+
 def test_r1_goes_by_the_loss_where_the_run_has_steps_for_it(config):
     assert pipeline.recipe_of(config, "jointquant-best").r1 == "output"
     without = pipeline.recipe_of(replace(config, refine_steps=0, solver="cayley"), "jointquant-best")
