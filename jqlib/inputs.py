@@ -9,6 +9,7 @@ from torch import Tensor
 from jqlib.code import code_of
 from jqlib.config import Config
 from jqlib.learn.steps import Steps
+from jqlib.memory import release
 from jqlib.model import load, text
 from jqlib.model.data import Windows, get_calibration_data, get_evaluation_windows
 from jqlib.precision import products_dtype
@@ -55,14 +56,18 @@ def _known(config: Config, names: tuple[str, ...]) -> tuple[tuple, tuple]:
 @cache  # a text takes longer to tokenise than a model to load, and all rows read the same
 def _calibration(settings: tuple, contents: tuple, count: int, least: int) -> Tensor:
     model, dataset, seqlen, seed = settings
-    return get_calibration_data(load.get_tokenizer(model), count, seqlen, dataset, seed, least=least)
+    windows = get_calibration_data(load.get_tokenizer(model), count, seqlen, dataset, seed, least=least)
+    release()  # a tokenizer leaves a tenth of a gigabyte behind
+    return windows
 
 
 @cache
 def _evaluation(settings: tuple, contents: tuple) -> Windows:
     model, dataset, seqlen, count, split, draw, bos = settings
     tokenizer = load.get_tokenizer(model)
-    return get_evaluation_windows(tokenizer, dataset, seqlen, count or None, split=split, windows=draw, bos=bos)
+    windows = get_evaluation_windows(tokenizer, dataset, seqlen, count or None, split=split, windows=draw, bos=bos)
+    release()
+    return windows
 
 
 def steps_of(s, seed: int = 0, **more) -> Steps:

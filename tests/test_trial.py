@@ -28,7 +28,8 @@ def config(tmp_path, tiny_tokenizer):
     })  # fmt: skip
 
 
-def test_costs_that_grow_evenly_are_extrapolated_exactly(config, monkeypatch):
+@pytest.mark.parametrize("large", [True, False])
+def test_costs_that_grow_evenly_are_extrapolated_exactly(config, monkeypatch, large):
     text = {"activations": "nsamples", "weights": "refine_steps", "evaluation": "eval_windows"}
     Path(config.eval_dataset).write_text("The quick brown fox jumps over the lazy dog. " * 1000)
     config = replace(config, recipe="jointquant-best", seqlen=1024, eval_seqlen=1024)  # more than the small runs have
@@ -41,6 +42,7 @@ def test_costs_that_grow_evenly_are_extrapolated_exactly(config, monkeypatch):
         }
 
     monkeypatch.setattr(trial, "_tried", cost)
+    monkeypatch.setattr(trial, "is_large", lambda model: large)
     found, whole = trial.measured(config), cost(config, 5)
     assert found["seconds"].to_dict() == pytest.approx({stage: whole[stage]["seconds"] for stage in text})
     assert found["peak_rss_bytes"].to_dict() == pytest.approx({stage: whole[stage]["peak_rss_bytes"] for stage in text})

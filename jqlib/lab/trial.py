@@ -1,15 +1,19 @@
 """What a row of notebook 05 will take on this machine: it is tried on random models of the same widths, a few layers.
 
 Time and memory of a stage grow evenly with layers and with text, as a + b·layers + c·text + d·layers·text: four small
-runs, of few and of more layers on little and on more text, give its four numbers. Each is a process of its own.
+runs, of few and of more layers on little and on more text, give its four numbers. Each is a process of its own. A small
+model has all of its layers, for there the chance that memory has in it, some 0.1 GB, would be multiplied.
 """
 
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, replace
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,12 +25,13 @@ from transformers import AutoModelForCausalLM
 from jqlib import pipeline
 from jqlib.config import Config
 from jqlib.inputs import dtype_of, evaluation_windows
+from jqlib.lab.rows import is_large
 from jqlib.memory import free_bytes
 from jqlib.model.families import by_layer
 from jqlib.model.load import get_tokenizer, load_config
 from jqlib.model.walk import tokens_at_once
 
-LAYERS = 2, 8  # with fewer, what does not grow with them hides what does: memory was half off
+LAYERS = 2, 8  # of a large model; with fewer, what does not grow with them hides what does: memory was half off
 STEPS = 1, 8
 UNIT = {"fp_hidden": "eval_windows", "evaluation": "eval_windows"} | dict.fromkeys(
     ("lessons", "r1_output", "transforms", "weights", "tuned"), "refine_steps"
@@ -42,7 +47,7 @@ def describe(config: Config) -> str:
     table = pd.DataFrame({told: costs[name] / unit for name, (told, unit) in COSTS.items() if name in costs})
     enough = "NOT ENOUGH MEMORY" if peak > free else "memory"
     return "\n".join([
-        f"a row of {config.recipe}, tried here on random models of a few layers:",
+        f"a row of {config.recipe}, tried here on random models:",
         table.to_string(float_format="%.1f"),
         f"{costs['seconds'].sum() / 60:.0f} minutes; what rows have in common is made once",
         f"{enough}: {largest} takes {peak / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
@@ -55,11 +60,12 @@ def measured(config: Config) -> pd.DataFrame:
     Raises ValueError if a small run fails, with what it said.
     """
     layers, (whole, few, more) = load_config(config.model).num_hidden_layers, _amounts(config)
-    small = [min(count, layers) for count in LAYERS]
+    small = [min(count, layers) for count in LAYERS] if is_large(config.model) else [layers, layers]
     free = free_bytes(torch.device(config.device)) / layers  # for each: where memory is short, it is here too
     apart = _apart(config)
     runs = [(replace(apart, **text), count, free * count) for text in (few, more) for count in small]
-    corners = [_tried(*run) for run in tqdm(runs, "trying", unit="run")]
+    tried = cache(_tried)
+    corners = [tried(*run) for run in tqdm(runs, "trying", unit="run")]
     learns = pipeline.recipe_of(config).layerwise and config.refine_steps > 0
     unit, rows = UNIT if learns else UNIT | {"weights": "nsamples"}, {}
     for stage, largest in corners[-1].items():
@@ -67,8 +73,9 @@ def measured(config: Config) -> pd.DataFrame:
         deep, long = _share(layers, *small), _share(whole[name], few[name], more[name])
         for cost in (cost for cost in COSTS if largest[cost] is not None):
             a, b, c, d = (corner[stage][cost] for corner in corners)
-            found = _line(_line(a, b, deep), _line(c, d, deep), long)
-            rows.setdefault(stage, {})[cost] = max(found, largest[cost])
+            little, much = _line(a, b, deep), _line(c, d, deep)
+            # what luck makes of small differences: less for more text, or for more layers
+            rows.setdefault(stage, {})[cost] = max(little, much, _line(little, much, long), d)
     return pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -113,7 +120,8 @@ def _tried(config: Config, layers: int, free: float) -> dict[str, dict]:
 def _try(config: Config, layers: int) -> dict[str, dict]:
     """The row, with nothing to reuse, on a random model."""
     with TemporaryDirectory() as folder:
-        _save_random(config, layers, Path(folder) / "model")
+        with ProcessPoolExecutor(1, get_context("spawn")) as aside:  # what it leaves in memory would be counted here
+            aside.submit(_save_random, config, layers, Path(folder) / "model").result()
         small = replace(config, model=str(Path(folder) / "model"), output_dir=folder)
         recipe = pipeline.recipe_of(small)
         small = pipeline.settled(small, recipe)
