@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     info_parser.add_argument("model", help=HELP["model"])
     info_parser.add_argument("--measure", action="store_true", help="what a row of --recipe will take, stage by stage: "
-                             "it is tried here on random models of its widths; if it is large, a few layers")  # fmt: skip
+                             "it is tried here on random models of its widths (large: a few layers)")  # fmt: skip
     _add_flags(info_parser, but="model")
     _add_zero_shot(commands)
     export_parser = commands.add_parser(
