@@ -169,7 +169,8 @@ def explore(page, number):
     assert len({*dots(figure)}) == 2
     last = moved(page, first, "layer", lambda: layer.press("ArrowRight"))
     last = moved(page, last, "bits", lambda: bits.press("ArrowRight"))
-    last = moved(page, last, "token", lambda: click_a_token(page, 100))
+    x, y = over_a_token(page, 100)
+    last = moved(page, last, "token", lambda: page.mouse.click(x, y))
     assert page.locator(".widget-html mark").count() == 1
     last = moved(page, last, "site", lambda: page.get_by_role("button", name="ug", exact=True).click())
     before = last
@@ -188,13 +189,13 @@ def explore(page, number):
     page.wait_for_function(end, arg=before, timeout=MINUTES)  # the film ends where it was
 
 
-def click_a_token(page, number):
-    """Where its mark stands in the upper panel; a layer that watches the mouse lies above it."""
+def over_a_token(page, number) -> tuple[float, float]:
+    """Puts the mouse where its mark stands in the upper panel; a layer that watches the mouse lies above it."""
     box = page.locator(f"{PLOT} .subplot.xy .scatterlayer .points path").nth(number).bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     page.mouse.move(x, y)
     page.wait_for_timeout(500)
-    page.mouse.click(x, y)
+    return x, y
 
 
 PLOT = ".js-plotly-plot"
