@@ -9,11 +9,9 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -120,8 +118,7 @@ def _tried(config: Config, layers: int, free: float) -> dict[str, dict]:
 def _try(config: Config, layers: int) -> dict[str, dict]:
     """The row, with nothing to reuse, on a random model."""
     with TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(1, get_context("spawn")) as aside:  # what it leaves in memory would be counted here
-            aside.submit(_save_random, config, layers, Path(folder) / "model").result()
+        _save_random(config, layers, Path(folder) / "model")
         small = replace(config, model=str(Path(folder) / "model"), output_dir=folder)
         recipe = pipeline.recipe_of(small)
         small = pipeline.settled(small, recipe)
