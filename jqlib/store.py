@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -248,6 +248,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@cache
 def decisive_versions() -> dict[str, str]:
     """Those that an artifact depends on."""
     return {name: importlib.metadata.version(name) for name in DECIDING}

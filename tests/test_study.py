@@ -51,6 +51,13 @@ def test_the_plan_has_every_row_once_and_the_deciding_ones_for_every_seed():
     assert {(name, seed, text) for name in study.DECIDING for seed in range(3) for text in (None, "news")} <= seeds
 
 
+def test_a_row_is_compared_with_one_that_learned_from_as_many_tokens():
+    rows = study.plan()
+    efforts = {row.config.step_tokens for row in rows if row.method == "jointquant-best"}
+    assert {row.config.step_tokens for row in rows if row.group == "without"} <= efforts
+    assert len(efforts) == 3  # a curve
+
+
 def test_leaving_one_part_out_changes_one_part():
     for label, recipe in study.WITHOUT.items():
         changed = {name for name in vars(recipe) if vars(recipe)[name] != vars(study.BEST)[name]}
@@ -85,6 +92,17 @@ def test_another_machine_goes_on_and_other_code_makes_its_rows_again(small, monk
     study.study()
     assert len(small) == before + 1
     assert [row["method"] for row in study.kept()["rows"] if row["git_commit"] != "older"] == ["control"]
+
+
+def test_rows_that_the_file_lacks_come_before_those_of_other_code(small, monkeypatch):
+    monkeypatch.setattr(study.answers, "installed", lambda: False)
+    study.study()
+    study.write_json(study.PATH, study.kept() | {"rows": study.kept()["rows"][:3]})  # without the last
+    key = study.Row.key
+    monkeypatch.setattr(study.Row, "key", lambda row: key(row) + " by new code" * (row.method == "quarot-best"))
+    small.clear()
+    assert study.study() == 0
+    assert [recipe.label for _, recipe in small] == [RECIPES[name].label for name in ("control", "quarot-best")]
 
 
 def test_questions_are_asked_of_five_fp_first(monkeypatch):

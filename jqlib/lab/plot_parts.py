@@ -142,3 +142,23 @@ def strip(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
     axis.set(xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
     axis.set_yticks(range(len(values)), values)
     return figure
+
+
+@styled()
+def efforts(table: pd.DataFrame) -> Figure:
+    """Share of a gap closed (``value`` [``low``, ``high``]) over ``tokens`` (log axis): a line per ``label``, at each
+    point its ``minutes``."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.4))
+    labels = list(dict.fromkeys(table.label))
+    for i, label in enumerate(labels):
+        of, colour = table[table.label == label].sort_values("tokens"), colour_of(label)
+        x = of.tokens * 1.05 ** (i - (len(labels) - 1) / 2)  # side by side
+        bars = 100 * np.stack([of.value - of.low, of.high - of.value])
+        axis.errorbar(x, 100 * of.value, bars, marker="os^Dv*"[i % 6], capsize=3, color=colour, label=label)
+        for at, value, minutes in zip(x, of.value, of.minutes, strict=True):
+            axis.annotate(f"{minutes:.0f} min", (at, 100 * value), (6, 4), textcoords="offset points", fontsize=8)
+    axis.set(xscale="log", xlabel="tokens that each stage learns from", ylabel="share of the gap closed (%)")
+    axis.set_xticks(sorted(set(table.tokens)), [f"{tokens:,}" for tokens in sorted(set(table.tokens))])
+    axis.minorticks_off()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncol=2)
+    return figure

@@ -27,7 +27,7 @@ LEARNED = {name: replace(RECIPES[name], label=f"{RECIPES[name].label}, learned",
            for name in ("spinquant-like", "ostquant-like")}  # fmt: skip
 DECIDING = {name: RECIPES[name] for name in ("quarot-best", "jointquant-best", "control")}
 PLAIN = {name: RECIPES[name] for name in ("rtn", "smoothquant", "quarot", "dartquant", "jointquant", "hadamard-online")}
-PEERS = {name: RECIPES[name] for name in ("quarot-learned", "spinquant-like", "ostquant-like", "jointquant-online")}
+PEERS = {name: RECIPES[name] for name in ("quarot-learned", "spinquant-like", "ostquant-like")}
 PEERS |= {f"{name}-learned": recipe for name, recipe in LEARNED.items()}
 WITHOUT = {
     "R1 and norms' scales by the loss (Hadamard instead)": replace(BEST, r1="hadamard"),
@@ -38,7 +38,7 @@ WITHOUT = {
     "one grid per head at o_proj": replace(BEST, o_per_head=False),
     "tuning": replace(BEST, tune=False),
 }
-EFFORTS = {"quarter": {"step_tokens": 512}, "fourfold": {"step_tokens": 8192}}  # beside the study's own
+QUARTER, FOURFOLD = {"step_tokens": 512}, {"step_tokens": 8192}  # efforts beside the study's own
 ASKED = {name: RECIPES[name] for name in ("rtn", "quarot-best", "jointquant-best", "jointquant-online")}  # and FP
 QUESTIONS = 1000  # of each set, at most: the same for all
 KINDS = "rows", "questions"  # as the file has them
@@ -94,14 +94,15 @@ def plan(device: str = "cpu") -> list[Row]:
     asked = len(rows)
     for seed in SEEDS:
         add("methods", DECIDING, seed=seed)
-    add("halves", {"jointquant-best": BEST}, OFF, 4)
-    add("halves", {"jointquant-best": BEST}, 4, OFF)
-    add("KV4", {"jointquant-best": BEST}, kv_bits=4)
-    add("methods", PEERS)
-    for effort, changes in EFFORTS.items():
-        add(f"effort: {effort}", {name: RECIPES[name] for name in ("quarot-learned", "jointquant-best")}, **changes)
-    add("without", WITHOUT)
+    best = {"jointquant-best": BEST}
+    add("halves", best, OFF, 4)
+    add("halves", best, 4, OFF)
+    add("KV4", best, kv_bits=4)
+    add("effort: quarter", best | PEERS, **QUARTER)
+    add("without", WITHOUT, **QUARTER)
     add("methods", PLAIN)
+    add("methods", {"quarot-learned": PEERS["quarot-learned"]})
+    add("effort: fourfold", best, **FOURFOLD)
     planned, tasks = [], SETS if answers.installed() else ()
     for i, row in enumerate(rows):
         planned.append(row)
@@ -114,8 +115,9 @@ def plan(device: str = "cpu") -> list[Row]:
 def study(minutes: float | None = None, device: str = "cpu") -> int:
     """Make the rows that are missing, and begin none after so many ``minutes``. Returns how many are left.
 
-    A row that the file has as this code would make it is not made again, on whatever machine it was made; one of other
-    code stays, with its commit, until it is. Without lm-eval, which it says, so do all answers to questions.
+    A row that the file has as this code would make it is not made again, on whatever machine it was made. One of other
+    code stays, with its commit, until its turn comes: after those that the file lacks. So do all answers to questions
+    without lm-eval, and it says so.
     """
     start, planned = time.monotonic(), plan(device)
     if not answers.installed():
@@ -123,6 +125,7 @@ def study(minutes: float | None = None, device: str = "cpu") -> int:
     found = kept() if PATH.exists() else {}
     told = {tuple(row.get(name) for name in NAME): row for kind in KINDS for row in found.get(kind, [])}
     missing = [row for row in planned if told.get(row.name, {}).get("key") != row.key()]
+    missing.sort(key=lambda row: row.name in told)
     about = {"config": asdict(planned[0].config), "protocol": pipeline.protocol(planned[0].config)}
     about |= {"versions": versions(), "git_commit": git_commit()}
     for i, row in enumerate(missing):
