@@ -83,3 +83,16 @@ def test_bits_and_seeds_are_where_they_belong():
     dots, mean, *_ = plot_parts.strip({"JointQuant": [0.4, 0.6]}, "x").axes[0].lines
     assert list(dots.get_xdata()) == [0.4, 0.6]
     assert mean.get_xdata()[0] == pytest.approx(0.5)
+
+
+def test_efforts_are_a_line_per_method_with_its_minutes_at_each_point():
+    table = pd.DataFrame({"label": ["best", "best", "peer"], "tokens": [100, 400, 100], "value": [0.6, 0.7, 0.2],
+                          "low": [0.5, 0.6, 0.1], "high": [0.7, 0.8, 0.3], "minutes": [5.2, 21.0, 3.0]})  # fmt: skip
+    figure = plot_parts.efforts(table.iloc[::-1])
+    axis = figure.axes[0]
+    shares = [list(container.lines[0].get_ydata()) for container in axis.containers]
+    assert shares == [pytest.approx([20.0]), pytest.approx([60.0, 70.0])]
+    peer, best = (container.lines[0].get_xdata() for container in axis.containers)
+    assert peer[0] != best[0]  # beside each other, not upon
+    assert [text.get_text() for text in axis.texts] == ["3 min", "5 min", "21 min"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["100", "400"]

@@ -90,7 +90,7 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
         rows += [(group,), *of[["label", "value", "low", "high"]].itertuples(index=False)]
     figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.32 * len(rows)))
     if band:
-        axis.axvspan(-band, band, color="0.88", lw=0, label=f"luck: ±{band:.2f}")
+        axis.axvspan(-band, band, color="0.88", lw=0, label=f"luck: ±{band:.2g}")
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1))
     least = max(2 * band, table.value.abs().quantile(interpolation="lower"))
     forest(axis, {y: row for y, row in enumerate(rows) if len(row) > 1}, far=FAR, least=least, band=band,
@@ -156,7 +156,7 @@ def efforts(table: pd.DataFrame) -> Figure:
         bars = 100 * np.stack([of.value - of.low, of.high - of.value])
         axis.errorbar(x, 100 * of.value, bars, marker="os^Dv*"[i % 6], capsize=3, color=colour, label=label)
         for at, value, minutes in zip(x, of.value, of.minutes, strict=True):
-            axis.annotate(f"{minutes:.0f} min", (at, 100 * value), (6, 4), textcoords="offset points", fontsize=8)
+            axis.annotate(f"{minutes:.0f} min", (at, 100 * value), (6, -12), textcoords="offset points", fontsize=8)
     axis.set(xscale="log", xlabel="tokens that each stage learns from", ylabel="share of the gap closed (%)")
     axis.set_xticks(sorted(set(table.tokens)), [f"{tokens:,}" for tokens in sorted(set(table.tokens))])
     axis.minorticks_off()
