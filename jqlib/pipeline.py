@@ -180,8 +180,7 @@ def evaluation_step(config: Config, recipe: Recipe | None, w_bits: int, a_bits: 
             spare(model, **spared)
         dtype = products_dtype(s.eval_compute_dtype, s.device)
         ppl = evaluate_windows(model, evaluation_windows(s), s.device, Reference(**fp[0]), dtype)
-        speed = {"tokens_a_second": len(ppl.nll) * s.eval_seqlen / ppl.seconds}
-        return {}, ppl.row() | speed | {"online_operations": online_operations(model)}
+        return {}, ppl.row() | {"online_operations": online_operations(model)}
 
     names = (*MODEL, *WINDOWS, "eval_compute_dtype", *(("w_groupsize", "kv_bits") if recipe else ()))
     does = {"w_bits": w_bits, "a_bits": a_bits, "spared": spared}

@@ -37,10 +37,10 @@ def _verdict(interval: Interval, form: Callable[[float], str]) -> str:
     value, low, high = interval
     if math.isnan(low):
         return f"{form(value)} (no interval from one article: nothing can be said)"
-    span = f"({form(low)} to {form(high)})"
     if low <= 0 <= high:
-        return f"can't be told apart {span}"
-    return f"{form(value)[1:]} {'higher' if value > 0 else 'lower'} {span}"
+        return f"can't be told apart ({form(low)} to {form(high)})"
+    near, far = sorted((low, high), key=abs)
+    return f"{form(value)[1:]} {'higher' if value > 0 else 'lower'} ({form(near)[1:]} to {form(far)[1:]})"
 
 
 def percent(share: Interval) -> str:

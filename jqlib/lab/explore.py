@@ -21,7 +21,6 @@ from jqlib.transform.grids import rounding_errors
 
 STEPS = 20  # of the slider from no rotation to the right side's
 WIDTH, HEIGHT = 860, 640  # of the figure, pixels
-DOTS = (tokens.ZEROED, "becomes 0"), (tokens.KEPT, "keeps a value")
 AROUND = 12  # tokens of context on either side of the chosen one
 Rotations = Mapping[str, Tensor | None]
 
@@ -169,7 +168,7 @@ class Explorer:
         grid, *dots = figure.data[4 + 3 * side : 7 + 3 * side]
         zeros, points = tokens.zeroed(y, bits), tokens.levels(y, bits)
         grid.x, grid.y = np.tile([-8, len(y) + 7, np.nan], len(points)), np.repeat(points, 3)
-        for of, mask, (colour, name) in zip(dots, (zeros, ~zeros), DOTS, strict=True):
+        for of, mask, (colour, name) in zip(dots, (zeros, ~zeros), tokens.DOTS, strict=True):
             of.x, of.y, of.name, of.marker.color = np.flatnonzero(mask), y[mask], name, colour
         title = figure.layout.annotations[side]
         title.text = f"{escape(label)}: {zeros.mean():.0%} become 0, error {error[token]:.2f}%"
@@ -193,7 +192,7 @@ def _empty_figure():
     for side in (1, 2):
         figure.add_scatter(mode="lines", line={"color": "#d0d0d0", "width": 1}, hoverinfo="skip", showlegend=False,
                            row=2, col=side)  # fmt: skip
-        for _ in DOTS:
+        for _ in tokens.DOTS:
             figure.add_scatter(mode="markers", marker={"size": 4}, showlegend=side == 1,
                                hovertemplate="channel %{x}: %{y:.3f}<extra></extra>", row=2, col=side)  # fmt: skip
     figure.update_annotations(font_size=12)

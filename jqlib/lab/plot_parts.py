@@ -120,10 +120,10 @@ def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str, guessing: 
             above = part == max(lines, key=lambda name: lines[name].get(b, -math.inf))
             place = {"xytext": (4, 6), "ha": "left"} if above else {"xytext": (-4, -14), "ha": "right"}
             if values[b] > guessing:
-                axis.plot(b, top, "^", color=PARTS[part], clip_on=False)
+                axis.plot(b + (0.05 if above else -0.05), top, "^", color=PARTS[part], clip_on=False)
                 place = {"xytext": (8, -6 if above else -20), "ha": "left"}
             place |= {"textcoords": "offset points", "color": PARTS[part]}
-            axis.annotate(f"{values[b]:.2f}", (b, min(values[b], top)), **place)
+            axis.annotate(f"{round(values[b], 2) + 0.0:.2f}", (b, min(values[b], top)), **place)  # no -0.00
     axis.set(xlabel="bits (▲: worse than guessing)", ylabel=ylabel, ylim=(min(0, *every) - 0.1 * top, top))
     axis.set_xticks(sorted({b for values in lines.values() for b in values}))
     axis.axhline(0, color="k", ls="--", lw=1)
@@ -134,12 +134,12 @@ def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str, guessing: 
 
 @styled()
 def strip(values: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
-    """A row per name, a dot per seed, a bar at their mean."""
+    """A row per name, a dot per seed, a bar at their mean; ``xlabel``: of what."""
     figure, axis = plt.subplots(figsize=(7.5, 1.2 + 0.42 * len(values)))
     for y, (name, of) in enumerate(values.items()):
         axis.plot(of, [y] * len(of), "o", ms=7, alpha=0.7, color=colour_of(name))
         axis.plot(np.mean(of), y, "|", ms=18, mew=2, color="k")
-    axis.set(xlabel=xlabel, ylim=(len(values) - 0.5, -0.5))
+    axis.set(xlabel=f"{xlabel}\na dot per seed, a bar at their mean", ylim=(len(values) - 0.5, -0.5))
     axis.set_yticks(range(len(values)), values)
     return figure
 

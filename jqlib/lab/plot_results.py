@@ -154,7 +154,7 @@ def attention_maps(maps: Mapping[str, np.ndarray]) -> Figure:
         axis.set(title=name, xlabel="token looked at")
         axis.grid(False)
     axes[0, 0].set_ylabel("token that looks")
-    bar = figure.colorbar(image, ax=axes, label="attention")
+    bar = figure.colorbar(image, ax=axes, label="attention (square-root scale)")
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
     return figure

@@ -12,6 +12,7 @@ from jqlib.lab.style import colour_of, styled
 from jqlib.transform.grids import quantize_activation, rounding_errors
 
 KEPT, ZEROED, GRID = "#0072B2", "#D55E00", "0.82"
+DOTS = (ZEROED, "becomes 0"), (KEPT, "keeps a value")
 TALLEST = 8  # entries of a token that are not counted as ordinary
 MOST_LINES = 6  # bits: a finer grid is not drawn
 
@@ -68,8 +69,8 @@ def one_token(x: Tensor, R: Tensor, bits: int = 4) -> Figure:
 def _draw(axis, y: np.ndarray, bits: int, zeros: np.ndarray) -> None:
     for level in levels(y, bits):
         axis.axhline(level, color=GRID, lw=0.8, zorder=0)
-    for mask, colour in ((zeros, ZEROED), (~zeros, KEPT)):
-        axis.plot(np.flatnonzero(mask), y[mask], ".", ms=3, color=colour)
+    for mask, (colour, what) in zip((zeros, ~zeros), DOTS, strict=True):
+        axis.plot(np.flatnonzero(mask), y[mask], ".", ms=3, color=colour, label=what)
     axis.grid(False)
 
 
@@ -120,6 +121,7 @@ def explored(sides: Mapping[str, tuple[Tensor, np.ndarray]], words: Sequence[str
         axes[key].set_title(f"{name}: {zeros.mean():.0%} become 0, error {error[token]:.2%}", fontsize=10)
         axes[key].set(xlabel="channel", ylim=(-most, most))
     axes["B"].set_ylabel("value")
+    figure.legend(*axes["C"].get_legend_handles_labels(), loc="outside lower center", ncol=2, markerscale=3)
     return figure
 
 

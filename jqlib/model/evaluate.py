@@ -1,7 +1,6 @@
 """Perplexity, and how far a model's predictions are from the FP model's, with intervals."""
 
 import math
-import time
 from typing import NamedTuple
 
 import torch
@@ -24,7 +23,6 @@ class Perplexity(float):
 
     ``nll``: mean nats per token. ``articles``: which article each window is from. If the FP model's predictions were
     at hand: ``kl``, mean KL (nats per token) from them, and ``top1``, the share of tokens with the same first choice.
-    ``seconds``: what reading the windows took.
 
     [low, high] is the 95% interval over articles: how much the number would move on other text of the same kind; NaN
     if one article gives none. Two settings on the same windows differ far less: compare them with `paired_interval`.
@@ -36,18 +34,17 @@ class Perplexity(float):
     top1: list[float] | None
     low: float
     high: float
-    seconds: float
 
-    def __new__(cls, nll, articles=None, kl=None, top1=None, seconds: float = 0.0):
+    def __new__(cls, nll, articles=None, kl=None, top1=None):
         found = mean_interval(nll, articles)
         self = super().__new__(cls, _exp(found.value))
-        self.nll, self.kl, self.top1, self.seconds = nll, kl, top1, seconds
+        self.nll, self.kl, self.top1 = nll, kl, top1
         self.articles = list(range(len(nll))) if articles is None else articles
         self.low, self.high = _exp(found.low), _exp(found.high)
         return self
 
     def __getnewargs__(self):
-        return self.nll, self.articles, self.kl, self.top1, self.seconds
+        return self.nll, self.articles, self.kl, self.top1
 
     def __repr__(self) -> str:
         known = f"{self.low:.2f}, {self.high:.2f}" if self.low == self.low else "no interval from one article"
@@ -106,7 +103,6 @@ def evaluate_windows(
     """
     device = device or model.device
     head, read = reference and reference.head.to(device), []
-    start = time.perf_counter()
     with products_in(dtype, model.device):
         hidden = last_hidden(model, windows.ids, "perplexity")
         for i, window in enumerate(windows.ids):
@@ -115,9 +111,8 @@ def evaluate_windows(
     if wrong := [i for i, row in enumerate(read) if math.isnan(row[0])]:
         raise FloatingPointError(f"the model's predictions on window {wrong[0]} are not numbers: {model.dtype} may be "
                                  "too narrow for it (try float32), or its weights are damaged")  # fmt: skip
-    seconds = time.perf_counter() - start
     nll, kl, top1 = (list(values) for values in zip(*read, strict=True))
-    return Perplexity(nll, windows.articles, *((kl, top1) if reference else (None, None)), seconds=seconds)
+    return Perplexity(nll, windows.articles, *((kl, top1) if reference else (None, None)))
 
 
 @torch.inference_mode()
