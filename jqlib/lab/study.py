@@ -96,9 +96,9 @@ def plan(device: str = "cpu") -> list[Row]:
         add("methods", DECIDING, seed=seed)
     best = {"jointquant-best": BEST}
     add("halves", best, OFF, 4)
-    add("halves", best, 4, OFF)
     add("KV4", best, kv_bits=4)
     add("effort: quarter", best | PEERS, **QUARTER)
+    add("halves", best, 4, OFF, **QUARTER)
     add("without", WITHOUT, **QUARTER)
     add("methods", PLAIN)
     add("methods", {"quarot-learned": PEERS["quarot-learned"]})
