@@ -123,7 +123,7 @@ def bits_curve(lines: Mapping[str, Mapping[int, float]], ylabel: str, guessing: 
                 axis.plot(b + (0.05 if above else -0.05), top, "^", color=PARTS[part], clip_on=False)
                 place = {"xytext": (8, -6 if above else -20), "ha": "left"}
             place |= {"textcoords": "offset points", "color": PARTS[part]}
-            axis.annotate(f"{round(values[b], 2) + 0.0:.2f}", (b, min(values[b], top)), **place)  # no -0.00
+            axis.annotate(f"{values[b]:z.2f}", (b, min(values[b], top)), **place)
     axis.set(xlabel="bits (▲: worse than guessing)", ylabel=ylabel, ylim=(min(0, *every) - 0.1 * top, top))
     axis.set_xticks(sorted({b for values in lines.values() for b in values}))
     axis.axhline(0, color="k", ls="--", lw=1)

@@ -108,7 +108,7 @@ def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
 
 
 def forest(
-    axis, rows: Mapping[int, tuple], form: str = "{:+.2f}", *, far: float = math.inf, least: float = 0.0,
+    axis, rows: Mapping[int, tuple], form: str = "{:+z.2f}", *, far: float = math.inf, least: float = 0.0,
     band: float | None = None, beyond: Callable[[float], str] = "{:.2f}".format,
 ) -> None:  # fmt: skip
     """A method's (value, low, high) in each row, written behind its interval; an end that is NaN is not known.
