@@ -16,6 +16,7 @@ import yaml
 from jqlib.__main__ import COMMANDS, main
 from jqlib.config import KINDS, ROOT, make_config
 from jqlib.export.can import check_form
+from jqlib.lab import compare
 from jqlib.lab.checks import check_inputs
 from jqlib.lab.run import select_notebooks
 from jqlib.model.questions import SETS
@@ -168,15 +169,22 @@ def test_every_recipe_is_named():
 def test_the_first_table_is_the_studys():
     """Every number of it but the intervals, as `figures/study.json` has them."""
     rows = json.loads((ROOT / "figures/study.json").read_text())["rows"]
-    study = {(r["method"], r["w_bits"], r["kv_bits"], r["text"]): r for r in rows}
+    study = {
+        (r["method"], f"W{r['w_bits']}A{r['a_bits']}", r["kv_bits"], r["step_tokens"], r["text"]): r
+        for r in rows if r["seed"] == 0 and r["group"] != "without"
+    }  # fmt: skip
     table = [
         [cell.strip(" *") for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.count("|") == 9
     ]
     said = {(cells[0].partition(":")[0], cells[1]): cells[2:] for cells in table[2:]}
-    labels = {"FP": ("fp", 16, 16), "QuaRot, best": ("quarot-best", 4, 16), "Control": ("control", 4, 16)}
-    labels |= {"JointQuant, best": ("jointquant-best", 4, 16), "best, + KV4": ("jointquant-best", 4, 4)}
-    labels |= {"best, weights left alone (W16A4)": ("jointquant-best", 16, 16)}
-    labels |= {"JointQuant, online": ("jointquant-online", 4, 16)}
+    labels = {
+        "FP": ("fp", "W16A16", 16, 2048), "QuaRot, best": ("quarot-best", "W4A4", 16, 2048),
+        "Control": ("control", "W4A4", 16, 2048), "JointQuant, best": ("jointquant-best", "W4A4", 16, 2048),
+        "best, + KV4": ("jointquant-best", "W4A4", 4, 2048), "best ¼": ("jointquant-best", "W4A4", 16, 512),
+        "best, weights left alone (W16A4)": ("jointquant-best", "W16A4", 16, 2048),
+        "best, activations left alone (W4A16) ¼": ("jointquant-best", "W4A16", 16, 512),
+        "JointQuant, online": ("jointquant-online", "W4A4", 16, 2048),
+    }  # fmt: skip
     assert said.keys() == {(label, text) for label in labels for text in ("wiki", "news")}
     for (label, text), cells in said.items():
         row, fp, quarot = (study[*labels[of], text] for of in (label, "FP", "QuaRot, best"))
@@ -187,11 +195,23 @@ def test_the_first_table_is_the_studys():
             assert [cells[1], cells[2], cells[5]] == [f"{lost[0]:.3f}", f"{row['kl']:.3f}", minutes]
             gaps = [f"{1 - lost[0] / lost[1]:.0%}", f"{1 - row['kl'] / quarot['kl']:.0%}"]
             assert label == "QuaRot, best" or [cell.split()[0].strip("*") for cell in cells[3:5]] == gaps
-    ours, alone = ([study["jointquant-best", bits, 16, text] for text in ("wiki", "news")] for bits in (4, 16))
-    fp = [study["fp", 16, 16, text]["ppl"] for text in ("wiki", "news")]
+    ours, alone = (
+        [study["jointquant-best", setting, 16, 2048, text] for text in ("wiki", "news")]
+        for setting in ("W4A4", "W16A4")
+    )
+    fp = [study[*labels["FP"], text]["ppl"] for text in ("wiki", "news")]
     shares = [y["kl"] / x["kl"] for x, y in zip(ours, alone, strict=True)]
     shares += [math.log(y["ppl"] / f) / math.log(x["ppl"] / f) for x, y, f in zip(ours, alone, fp, strict=True)]
     assert f"{100 * min(shares):.0f} to {max(shares):.0%}" in README  # what is left is the activations'
+
+
+def test_another_seed_is_the_studys():
+    rows = json.loads((ROOT / "figures/study.json").read_text())["rows"]
+    rows = {(r["method"], r["text"], r["seed"]): r for r in rows if r["group"] in ("FP", "methods")}
+    for text in ("wiki", "news"):
+        fp, quarot, ours = (rows["fp", text, 0], *(rows[name, text, 1] for name in ("quarot-best", "jointquant-best")))
+        by_ppl, by_kl = (compare.percent(compare.share(ours, quarot, fp, by)) for by in ("ppl", "kl"))
+        assert f"{by_ppl} and {by_kl.split()[0]} on {text}" in README
 
 
 def test_the_answers_are_the_studys():
