@@ -179,7 +179,8 @@ def named(recipes: str | None) -> list[str]:
 def slug(model: str) -> str:
     """A model's name as a folder's: ``meta-llama/Llama-3.2-1B`` gives ``meta-llama--Llama-3.2-1B``."""
     path = Path(model).expanduser()
-    name = path.absolute().name if path.exists() or model.startswith((".", "/", "~")) else model.replace("/", "--")
+    local = path.exists() or model.startswith((".", "/", "~"))
+    name = Path(os.path.abspath(path)).name if local else model.replace("/", "--")
     return re.sub(r"[^\w.\-]+", "-", name)
 
 
