@@ -96,5 +96,13 @@ def test_slug_is_a_folder_name(model, expected):
     assert slug(model) == expected
 
 
+def test_a_folder_above_is_named_by_its_own_name(tmp_path, monkeypatch):
+    """Else results would go above the output folder."""
+    (tmp_path / "model" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "model" / "sub")
+    assert slug("..") == "model"
+    assert slug("../sub/../../model") == "model"
+
+
 def test_recipes_have_their_own_labels():
     assert len({recipe.label for recipe in RECIPES.values()}) == len(RECIPES)

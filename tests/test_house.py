@@ -14,6 +14,7 @@ import yaml
 
 from jqlib.code import imported
 from jqlib.config import CHOICES, HELP, KINDS, NOTEBOOKS, ROOT, Config, make_config
+from jqlib.inputs import WINDOWS
 
 MODULES = sorted((ROOT / "jqlib").rglob("*.py"))
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
@@ -45,6 +46,12 @@ def test_parameters_are_config_fields_with_their_help(name):
 def test_every_setting_is_a_parameter_of_some_notebook():
     """The runner gives each notebook what it declares: a setting that none declares would be ignored."""
     assert set(KINDS) == {name for path in NAMES for name in papermill.inspect_notebook(NOTEBOOKS / path)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_that_evaluates_takes_the_text_it_is_told(name):
+    assert any("pipeline.evaluate(" in cell.source for cell in read(name).cells)  # all of them do
+    assert {*WINDOWS} <= papermill.inspect_notebook(NOTEBOOKS / name).keys()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 import pandas as pd
 
 from jqlib import pipeline
-from jqlib.config import ROOT, Config, make_config
+from jqlib.config import PROFILES, ROOT, Config, make_config
 from jqlib.lab import compare
 from jqlib.lab.zero_shot import row_of, table
 from jqlib.model import answers
@@ -21,6 +21,10 @@ from jqlib.transform.grids import OFF
 
 PATH = ROOT / "figures" / "study.json"
 CONFIG = {"model": "smollm2-135m", "profile": "standard", "nsamples": 16, "step_tokens": 2048}  # and the device
+READ = PROFILES[CONFIG["profile"]]
+NOTE = (
+    f"{CONFIG['model']} · make study · {READ['eval_windows']} windows of {READ['eval_seqlen']} tokens of test articles"
+)
 SEEDS = range(3)
 BEST = RECIPES["jointquant-best"]
 LEARNED = {name: replace(RECIPES[name], label=f"{RECIPES[name].label}, learned", layerwise=True, tune=True)

@@ -59,10 +59,9 @@ def one_token(x: Tensor, R: Tensor, bits: int = 4) -> Figure:
         near_axis.set(xlabel="channel", ylim=(-near, near))
     axes[0, 0].set_ylabel("value")
     axes[1, 0].set_ylabel("value, enlarged")
-    handles = [plt.Line2D([], [], color=c, ls="", marker="o", ms=4) for c in (KEPT, ZEROED)]
-    handles += [plt.Line2D([], [], color=GRID)] if bits <= MOST_LINES else []
-    said = ["keeps a value", "becomes 0", f"the {2**bits} points of the grid"]
-    figure.legend(handles, said[: len(handles)], loc="outside lower center", ncol=3)
+    handles = [plt.Line2D([], [], color=c, ls="", marker="o", ms=4, label=what) for c, what in reversed(DOTS)]
+    handles += [plt.Line2D([], [], color=GRID, label=f"the {2**bits} points of the grid")] if bits <= MOST_LINES else []
+    figure.legend(handles=handles, loc="outside lower center", ncol=3)
     return figure
 
 
