@@ -7,9 +7,10 @@ from pathlib import Path
 
 from jqlib.config import CHOICES, HELP, KINDS, Config, make_config, output_folder
 from jqlib.export.can import FORMS
-from jqlib.lab.checks import check_inputs
+from jqlib.lab.checks import check_device, check_inputs
 from jqlib.lab.run import read_run_file, run, select_notebooks, with_absolute_paths
 from jqlib.model.questions import SETS
+from jqlib.recipes import RECIPES
 
 # what check_inputs and the estimate of memory depend on
 INPUTS = ("model", "profile", "nsamples", "seqlen", "max_tokens", "eval_seqlen", "eval_windows", "eval_split",
@@ -77,7 +78,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from jqlib.export.export import export
 
-    config = make_config(with_absolute_paths(_parameters(arguments)))
+    parameters = with_absolute_paths(_parameters(arguments))
+    config = make_config(parameters)
+    for name, own in RECIPES[config.recipe].own.items():
+        if (given := parameters.get(name, own)) != own:
+            raise ValueError(f"{name}={given}: recipe {config.recipe!r} has {name}={own} of its own: leave it out")
     check_inputs(config)
     print(export(config, arguments.format, arguments.to, overwrite=arguments.overwrite))
     return 0
@@ -96,7 +101,8 @@ def _given(arguments: argparse.Namespace) -> dict:
 def _info(arguments: argparse.Namespace) -> int:
     from jqlib.lab import info
 
-    config = make_config(_given(arguments))
+    config = make_config(with_absolute_paths(_given(arguments)))
+    check_device(config.device)
     print(info.describe(config))
     if arguments.measure:
         from jqlib.lab import trial
@@ -108,6 +114,7 @@ def _info(arguments: argparse.Namespace) -> int:
 def _study(arguments: argparse.Namespace) -> int:
     from jqlib.lab.study import study
 
+    check_device(arguments.device)
     left = study(arguments.minutes, arguments.device)
     print(f"{left} rows are left: run it again" if left else "the study is whole")
     return 0

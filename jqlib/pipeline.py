@@ -75,8 +75,7 @@ def recipe_of(config: Config, name: str | None = None) -> Recipe:
 
 def settled(config: Config, recipe: Recipe | None) -> Config:
     """The settings, with what the recipe has of its own."""
-    own = {name: getattr(recipe, name, None) for name in ("w_groupsize", "a_bits")}
-    return replace(config, **{name: value for name, value in own.items() if value})
+    return replace(config, **(recipe.own if recipe else {}))
 
 
 def transformed(config: Config, recipe: Recipe | None):

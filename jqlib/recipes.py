@@ -39,6 +39,12 @@ class Recipe:
                 f"{', '.join(sorted(kinds))} to refine, and behind R1 qkv and ug have a scale of the norm, no smoothing"
             )
 
+    @property
+    def own(self) -> dict[str, int]:
+        """The run's settings that it has of its own."""
+        own = {"w_groupsize": self.w_groupsize, "a_bits": self.a_bits}
+        return {name: value for name, value in own.items() if value}
+
 
 R4, EVERYWHERE = ("down",), ("qkv", "o", "ug", "down")
 QUAROT = Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", R4, a_clip=0.9)

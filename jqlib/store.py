@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -33,6 +34,15 @@ DPI = 200  # of figures: sharp on a dense screen
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what a damaged file may raise
 
 Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
+
+
+def check_place(folder: Path, name: str) -> None:
+    """Make a folder where a run is to write. Raises OSError, with the parameter's ``name``, where none can be had."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"{name}: nothing can be written in {folder} ({error.strerror}). Name another folder") from error
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json
     (TOKENIZER, link, "is a link to /no/such/blob"),
     (CONFIG, lambda p: change(p, quantization_config={"quant_method": "gptq"}), "is quantised already, by gptq"),
     (CONFIG, lambda p: change(p, quantization_config={"bits": 4}), "by a method that it does not name"),
+    (CONFIG, lambda p: change(p, jointquant={"w_bits": 4}), "is quantised already, by jointquant"),
     (CONFIG, lambda p: change(p, model_type="mixtral"), "mixture of experts"),
     (CONFIG, lambda p: change(p, model_type="nonesuch"), "nonesuch"),
     (CONFIG, lambda p: change(p, vocab_size=100), "other shapes than its config says: model.embed_tokens.weight"),
@@ -85,6 +86,11 @@ def test_models(model, file, spoil, message):
     with pytest.raises((ValueError, OSError), match=message) as error:
         get_model(str(model))
     assert str(model) in str(error.value)
+
+
+def test_a_file_that_is_not_the_models(model):
+    (model / "notes.json").write_text("[1, 2]")
+    assert get_model(str(model)).config.hidden_size == 48
 
 
 def test_no_tokenizer(model):
@@ -116,7 +122,7 @@ def parquet(folder: Path, rows, column: str = "text") -> Path:
     ("a.txt", '\n  ["one", "two"]', "begins with a line of JSON"),
     ("a.txt", LINE.encode("utf-16-le"), "has zero bytes: it is not UTF-8 text"),
     ("a.txt", LINE.encode("utf-16"), "is not a UTF-8 text file"),
-    ("a.txt", "café".encode("latin-1"), "is not a UTF-8 text file"),
+    ("a.txt", "café".encode("latin-1"), r"is not a UTF-8 text file .* Convert it first"),
     ("a.txt", b"\x1f\x8b\x08\x00", "is not a UTF-8 text file"),
 ])  # fmt: skip
 def test_text_files(tmp_path, name, content, message):
@@ -132,6 +138,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     assert load_articles(str(tmp_path / "a.txt"), "test") == [LINE]
     (tmp_path / "b.txt").write_text("[not JSON, only a bracket")
     assert load_articles(str(tmp_path / "b.txt"), "test") == ["[not JSON, only a bracket"]
+    (tmp_path / "c.txt").write_text("[1]\nThe first chapter.")
+    assert load_articles(str(tmp_path / "c.txt"), "test") == ["[1]\nThe first chapter."]
 
 
 @pytest.mark.parametrize(("rows", "column", "message"), [
@@ -227,6 +235,12 @@ def test_tokens_that_the_model_does_not_know(model, tmp_path):
         ValueError, match=r"its tokenizer gives the token \d+, but the model knows 128: is the tokenizer"
     ):
         check_inputs(make_config(small))
+
+
+def test_a_size_that_no_hadamard_matrix_has(model):
+    change(model / CONFIG, intermediate_size=171)
+    with pytest.raises(ValueError, match=r"R4 can't be a rotation of 171 channels: no Hadamard matrix of order 171"):
+        check_inputs(make_config({"model": str(model), "profile": "quick"}))
 
 
 @pytest.mark.parametrize("place", [".", "model", "model/out"])

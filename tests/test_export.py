@@ -1,6 +1,7 @@
 """What is exported is what was measured, read back by others; what a form can't say is refused before any work."""
 
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +13,9 @@ from test_families import KINDS, random_model
 from transformers import AutoModelForCausalLM
 
 from jqlib import get_model, pipeline
+from jqlib.config import KINDS as KINDS_OF
 from jqlib.config import make_config
+from jqlib.export.card import _command
 from jqlib.export.compressed import group_of
 from jqlib.export.export import export
 from jqlib.model.walk import walk
@@ -274,6 +277,36 @@ def test_an_export_can_be_overwritten(small, tmp_path):
         export(config, "hf", tmp_path / "to")
     export(config, "hf", tmp_path / "to", overwrite=True)
     assert json.loads((tmp_path / "to" / "jointquant.json").read_text())["format"] == "hf"
+
+
+@pytest.mark.parametrize(("to", "message"), [
+    ("/proc/to", r"to: nothing can be written in /proc \(No such file"),
+    ("text.txt/to", r"to: nothing can be written in .*text\.txt \(File exists\). Name another folder"),
+    (".", "is there already"), ("out", "out holds results: name another folder"),
+])  # fmt: skip
+def test_a_folder_that_cannot_be_had_is_said_before_the_work(small, tmp_path, to, message):
+    config = small(recipe="rtn", a_bits=16)
+    with pytest.raises(OSError, match=message):
+        export(config, "hf", tmp_path / to)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_does_not_replace_its_own_source(small, tmp_path):
+    config = small(recipe="rtn", a_bits=16)
+    export(config, "hf", tmp_path / "to")
+    with pytest.raises(FileExistsError, match="to holds the model that is exported: name another folder"):
+        export(replace(config, model=str(tmp_path / "to")), "hf", tmp_path / "to", overwrite=True)
+
+
+def test_the_cards_command_says_what_its_profile_does_not(small):
+    config = small(recipe="rtn", nsamples=128, refine_steps=20, model="a model/with spaces")
+    words = shlex.split(_command(config, "hf"))
+    given = dict(zip(words[4:-4:2], words[5:-4:2], strict=True))
+    assert {"--model": "a model/with spaces", "--profile": "quick", "--nsamples": "128"}.items() <= given.items()
+    assert "--refine_steps" not in given
+    flags = {name.removeprefix("--"): KINDS_OF[name.removeprefix("--")](value) for name, value in given.items()}
+    assert make_config(flags) == config
+    assert "--stream True" in _command(replace(config, stream=True, refine_steps=0), "hf")
 
 
 def test_streamed_weights_are_exported_too(small, tmp_path, tokens):

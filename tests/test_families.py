@@ -50,6 +50,17 @@ def test_logits_survive_all_transforms(kind, heads, tied):
     assert change_of_logits(config) < 1e-5
 
 
+@pytest.mark.parametrize(("hidden", "heads", "kv", "head_dim"), [(96, 6, 6, 20), (96, 6, 2, 8), (64, 7, 7, 16)])
+def test_heads_that_are_not_as_wide_as_the_model(hidden, heads, kv, head_dim):
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": head_dim}
+    config = config_of("qwen3", **sizes)
+    small = shrunk(config)
+    assert small.num_attention_heads * small.head_dim != small.hidden_size
+    check_family(config)
+    if hidden % heads == 0:
+        check_family(config_of("llama", **sizes))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_small_one_is_of_the_same_kind(kind):
     config = config_of(kind)

@@ -73,6 +73,8 @@ BAD = [
         "error: the test text of 'wiki' has 122,667 tokens: ",
     ),
     (["--model", "smollm2-135m", "--device", "banana"], None, "error: device='banana' can't be used here: "),
+    (["--model", "smollm2-135m", "--device", "meta"], None, "error: device='meta' can't be used here: "),
+    (["--only", ","], None, "error: --only ,: it names no notebook: give numbers, such as 02,05"),
     (["--model", "smollm2-135m", "--calib_dataset", "nope.txt"], None, "error: data set 'nope.txt' is unknown"),
     ([], "modle: smollm2-135m", "error: unknown parameter 'modle'; there are model"),
     ([], "- a list", "error: run file "),
@@ -89,6 +91,28 @@ def test_refused_before_anything_runs(flags, file, message, tmp_path, capsys):
     assert main(["run", *flags, "--output_dir", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    (["info", "smollm2-135m", "--device", "banana"], "error: device='banana' can't be used here: "),
+    (["study", "--device", "meta"], "error: device='meta' can't be used here: "),
+    (["clean", "nowhere"], "error: there is no folder "),
+    (["run", "--model", "smollm2-135m", "--profile", "quick", "--output_dir", "/proc/no"],
+     "error: output_dir: nothing can be written in /proc/no/smollm2-135m (No such file or directory). Name another"),
+    (["export", "--model", "smollm2-135m", "--profile", "quick", "--format", "gguf", "--to", "x", "--recipe", "deploy",
+      "--a_bits", "4"], "error: a_bits=4: recipe 'deploy' has a_bits=8 of its own: leave it out"),
+])  # fmt: skip
+def test_other_commands_refuse_too(command, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert capsys.readouterr().err.startswith(message)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_info_looks_where_run_writes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", "smollm2-135m", "--output_dir", "out"]) == 0
+    assert f"in {tmp_path / 'out' / 'smollm2-135m'}" in capsys.readouterr().out
 
 
 def test_calibrating_on_the_test_text_is_said(tmp_path, capsys):

@@ -1,12 +1,13 @@
 """The model card of an exported folder: what it is, its figures and how they were measured, how to load it."""
 
+import shlex
 from dataclasses import asdict
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from jqlib import pipeline
-from jqlib.config import Config
+from jqlib.config import Config, make_config
 from jqlib.model import embedded
 from jqlib.model.load import folder_of
 from jqlib.recipes import Recipe
@@ -85,9 +86,11 @@ def _span(row: dict) -> str:
 
 
 def _command(config: Config, form: str) -> str:
-    usual = asdict(Config())
-    flags = [f"--{name} {value}" for name, value in asdict(config).items() if value != usual[name] or name == "model"]
-    return f"python -m jqlib export {' '.join(flags)} --format {form} --to FOLDER"
+    named = {"model": config.model, "profile": config.profile} | ({"stream": True} if config.stream else {})
+    usual = asdict(make_config(named))
+    flags = named | {name: value for name, value in asdict(config).items() if value != usual[name]}
+    words = shlex.join(str(word) for name, value in flags.items() for word in (f"--{name}", value))
+    return f"python -m jqlib export {words} --format {form} --to FOLDER"
 
 
 def licence_of(model: str) -> str:

@@ -17,7 +17,7 @@ from jqlib.export.card import card
 from jqlib.export.size import bits_per_weight
 from jqlib.model.load import get_tokenizer, load_config, without_weights
 from jqlib.recipes import Recipe
-from jqlib.store import git_commit, versions, write_json
+from jqlib.store import check_place, git_commit, versions, write_json
 from jqlib.transform.grids import OFF
 from jqlib.transform.transform import packed
 
@@ -44,8 +44,7 @@ def export(
     recipe = recipe or pipeline.recipe_of(config)
     config, to = pipeline.settled(config, recipe), Path(to).expanduser()
     check_form(form, config, recipe)
-    if to.exists() and not (overwrite and (to / ABOUT).is_file()):
-        raise FileExistsError(f"{to} is there already: export writes a new folder, or overwrites one of its own")
+    _check_folder(to, config, overwrite)
     if form == "compressed-tensors" and importlib.util.find_spec("compressed_tensors") is None:
         raise ModuleNotFoundError(MISSING)
     rows = _rows(form, config, recipe)
@@ -69,6 +68,17 @@ def export(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return to
+
+
+def _check_folder(to: Path, config: Config, overwrite: bool) -> None:
+    """A folder that may be written, and can be, and holds nothing of this run's own."""
+    if to.exists() and not (overwrite and (to / ABOUT).is_file()):
+        raise FileExistsError(f"{to} is there already: export writes a new folder, or overwrites one of its own")
+    model = Path(config.model).expanduser()
+    for what, place in (("the model that is exported", model if model.exists() else None), ("results", config.folder)):
+        if place and place.resolve().is_relative_to(to.resolve()):
+            raise FileExistsError(f"{to} holds {what}: name another folder")
+    check_place(to.parent, "to")
 
 
 def _rows(form: str, config: Config, recipe: Recipe) -> dict[str, dict]:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from jqlib.config import Config
 from jqlib.inputs import evaluation_windows, text_for
+from jqlib.model.families import rotated_sizes
 from jqlib.model.load import folder_of, load_config
 from jqlib.model.stream import files_of
+from jqlib.store import check_place
+from jqlib.transform.hadamard import block_order
 from jqlib.transform.selfcheck import check_family
 
 RUN = 13  # tokens in a row that hardly come twice in texts that do not share a source
@@ -20,11 +23,13 @@ FEW = 0.001  # of them that are no news
 
 def check_inputs(config: Config) -> None:
     """A device or model that is missing or not supported, or a text too short, fails here and not after an hour."""
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device={config.device!r} can't be used here: {str(error).splitlines()[0]}") from error
+    check_device(config.device)
     shape, folder = load_config(config.model), Path(config.model).expanduser()
+    for name, size in rotated_sizes(shape).items():
+        try:
+            block_order(size)
+        except ValueError as error:
+            raise ValueError(f"{config.model}: {name} can't be a rotation of {size} channels: {error}") from error
     check_family(shape)
     if config.stream:
         files_of(folder_of(config.model))
@@ -45,6 +50,15 @@ def check_inputs(config: Config) -> None:
               "expect perplexities that are too good")  # fmt: skip
     if len({*evaluated.articles}) < 2:
         print("warning: all evaluation windows are from one article: no interval. Ask for more by --eval_windows")
+    check_place(config.folder, "output_dir")
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError for a torch device that can't compute here."""
+    try:
+        torch.empty(1, device=device).add(1).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device={device!r} can't be used here: {str(error).splitlines()[0]}") from error
 
 
 def shared(learned: Tensor, evaluated: Tensor) -> float:

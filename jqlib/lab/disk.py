@@ -11,6 +11,8 @@ from jqlib.store import decisive_versions, depends_of
 
 def clean(folder: Path) -> str:
     """Remove what lies in ``artifacts`` below a folder and would never be reused; what was removed, in words."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder.absolute()}: nothing was removed")
     kept, stale = artifacts(folder)
     freed = _size(stale)
     for file in stale:

@@ -114,7 +114,9 @@ def with_absolute_paths(parameters: dict) -> dict:
 def select_notebooks(only: str | None) -> list[Path]:
     """All notebooks, or those whose numbers ``only`` lists (``02,05``)."""
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-    numbers = [n.strip().zfill(2) for n in only.split(",")] if only else [path.name[:2] for path in every]
+    numbers = [n.strip().zfill(2) for n in only.split(",") if n.strip()] if only else [path.name[:2] for path in every]
+    if not numbers:
+        raise ValueError(f"--only {only}: it names no notebook: give numbers, such as 02,05")
     if unknown := set(numbers) - {path.name[:2] for path in every}:
         raise ValueError(f"--only {only}: there is no notebook {min(unknown)}; there are {every[0].name[:2]} to "
                          f"{every[-1].name[:2]}")  # fmt: skip

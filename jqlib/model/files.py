@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 POINTER = b"version https://git-lfs"
+READ = "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"
 REMEDY = "Is the download whole? Fetch it again"
 
 
@@ -44,9 +45,12 @@ def _check_json(path: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}). {REMEDY}") from error
-    if not isinstance(content, dict):
+    if path.name in READ and not isinstance(content, dict):
         raise ValueError(f"{path} holds no names and values. {REMEDY}")
-    if path.name == "config.json" and (about := content.get("quantization_config")):
+    about = content.get("quantization_config") if path.name == "config.json" else None
+    if path.name == "config.json" and "jointquant" in content:  # an export of ours
+        about = {"quant_method": "jointquant"}
+    if about:
         method = about.get("quant_method", "a method that it does not name")
         raise ValueError(
             f"{path} says that the model is quantised already, by {method}: give its floating-point original"

@@ -87,7 +87,7 @@ def _plain_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"data set {path} is not a UTF-8 text file ({error})") from error
+        raise ValueError(f"data set {path} is not a UTF-8 text file ({error}). Convert it first") from error
     if "\0" in text:
         raise ValueError(f"data set {path} has zero bytes: it is not UTF-8 text (UTF-16, perhaps). Convert it first")
     first = next((line for line in text.splitlines() if line.strip()), "")
@@ -99,10 +99,12 @@ def _plain_text(path: Path) -> str:
 
 
 def _is_json(line: str) -> bool:
+    """A record, or a list of more than numbers: ``[1]`` begins a text."""
     try:
-        return isinstance(json.loads(line), dict | list)
+        found = json.loads(line)
     except ValueError:
         return False
+    return isinstance(found, dict) or any(isinstance(value, dict | list | str) for value in found)
 
 
 def _folder_text(folder: Path, split: str) -> str:

@@ -79,7 +79,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     second = next((i for i, kind in enumerate(kinds) if kind != kinds[0]), layers - 1)
     sizes = {
         "num_hidden_layers": 2, "num_attention_heads": kv * groups, "num_key_value_heads": kv, "head_dim": HEAD_DIM,
-        "hidden_size": kv * groups * HEAD_DIM + (16 if odd else 0), "intermediate_size": 96, "vocab_size": VOCABULARY,
+        "hidden_size": kv * groups * HEAD_DIM * (2 if odd else 1), "intermediate_size": 96, "vocab_size": VOCABULARY,
         "sliding_window": 8, "max_position_embeddings": 64, "original_max_position_embeddings": 64,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "pad_token_id": None, "bos_token_id": None,
         "eos_token_id": None, "max_window_layers": 1, "quantization_config": None,
