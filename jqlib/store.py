@@ -235,11 +235,11 @@ def save_figure(config: Config, figure, name: str, note: str | None = None) -> N
     write(config.folder / "figures" / f"{name}.png", lambda to: figure.savefig(to, **options))
 
 
-def where_from(config: Config) -> str:
-    """Model, profile and windows, in a line."""
-    read = f"{config.eval_windows} × {config.eval_seqlen}" if config.eval_windows else "all"
-    return (f"{config.folder.name} · {config.profile} · calibrated on {config.nsamples} × {config.seqlen} tokens, "
-            f"evaluated on {read}")  # fmt: skip
+def where_from(config: Config, read: str | None = None) -> str:
+    """Model, profile and what was ``read`` (None: the run's windows), in a line."""
+    windows = f"{config.eval_windows} × {config.eval_seqlen}" if config.eval_windows else "all"
+    read = read or f"calibrated on {config.nsamples} × {config.seqlen} tokens, evaluated on {windows}"
+    return f"{config.folder.name} · {config.profile} · {read}"
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -202,7 +202,7 @@ def test_the_first_table_is_the_studys():
     fp = [study[*labels["FP"], text]["ppl"] for text in ("wiki", "news")]
     shares = [y["kl"] / x["kl"] for x, y in zip(ours, alone, strict=True)]
     shares += [math.log(y["ppl"] / f) / math.log(x["ppl"] / f) for x, y, f in zip(ours, alone, fp, strict=True)]
-    assert f"{100 * min(shares):.0f} to {max(shares):.0%}" in README  # what is left is the activations'
+    assert f"{100 * min(shares):.0f} to {max(shares):.0%} of the loss stays, with" in README
 
 
 def test_another_seed_is_the_studys():

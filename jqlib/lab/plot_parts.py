@@ -149,13 +149,11 @@ def efforts(table: pd.DataFrame) -> Figure:
     """Share of a gap closed (``value`` [``low``, ``high``]) over ``tokens`` (log axis): a line per ``label``, at each
     point its ``minutes``."""
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
-    labels = list(dict.fromkeys(table.label))
-    for i, label in enumerate(labels):
+    for i, label in enumerate(dict.fromkeys(table.label)):
         of, colour = table[table.label == label].sort_values("tokens"), colour_of(label)
-        x = of.tokens * 1.05 ** (i - (len(labels) - 1) / 2)  # side by side
         bars = 100 * np.stack([of.value - of.low, of.high - of.value])
-        axis.errorbar(x, 100 * of.value, bars, marker="os^Dv*"[i % 6], capsize=3, color=colour, label=label)
-        for at, value, minutes in zip(x, of.value, of.minutes, strict=True):
+        axis.errorbar(of.tokens, 100 * of.value, bars, marker="os^Dv*"[i % 6], capsize=3, color=colour, label=label)
+        for at, value, minutes in zip(of.tokens, of.value, of.minutes, strict=True):
             axis.annotate(f"{minutes:.0f} min", (at, 100 * value), (6, -12), textcoords="offset points", fontsize=8)
     axis.set(xscale="log", xlabel="tokens that each stage learns from", ylabel="share of the gap closed (%)")
     axis.set_xticks(sorted(set(table.tokens)), [f"{tokens:,}" for tokens in sorted(set(table.tokens))])

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jqlib.lab.style import colour_of, plain_decades, styled
+from jqlib.lab.style import KINDS, colour_of, plain_decades, styled
 
 TOKENS = 96  # of a surface
 FEWEST = 5  # values of a bin
@@ -84,7 +84,8 @@ def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str) -> Figure:
     """One line a name over the layers, log axis."""
     figure, axis = plt.subplots(figsize=(7.5, 4.3))
     for name, values in columns.items():
-        axis.plot(range(len(values)), values, marker="o", ms=3, label=name, color=colour_of(name))
+        colour = KINDS.get(name) or colour_of(name)
+        axis.plot(range(len(values)), values, marker="o", ms=3, label=name, color=colour)
     axis.set(xlabel="layer", ylabel=ylabel, yscale="log")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain_decades(axis.yaxis)

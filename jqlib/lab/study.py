@@ -35,6 +35,7 @@ PEERS = {name: RECIPES[name] for name in ("quarot-learned", "spinquant-like", "o
 PEERS |= {f"{name}-learned": recipe for name, recipe in LEARNED.items()}
 WITHOUT = {
     "R1 and norms' scales by the loss (Hadamard instead)": replace(BEST, r1="hadamard"),
+    "R1 by the loss (by range instead)": replace(BEST, r1="mm"),
     "R2 by range (Hadamard instead)": replace(BEST, r2="hadamard"),
     "smoothing of o and down": replace(BEST, smooth=(), refine=("R1", "R2", "scale", "clip")),
     "refinement": replace(BEST, refine=()),

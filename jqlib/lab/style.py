@@ -10,10 +10,10 @@ STYLE = "jqlib.lab.workbook"
 COLOURS = {  # mostly Okabe and Ito's, by how a method's name begins: of several that fit, the longest
     "FP": "#000000", "none": "#7F7F7F", "as it is": "#7F7F7F", "RTN": "#7F7F7F", "SmoothQuant": "#B0B0B0",
     "Hadamard": "#0072B2", "rotated": "#0072B2", "QuaRot": "#0072B2", "Control": "#56B4E9", "DartQuant": "#E69F00",
-    "SGD": "#E69F00", "SGD, published": "#A6761D", "sgd": "#E69F00", "adam": "#CC79A7", "SpinQuant": "#CC79A7",
+    "SGD": "#E69F00", "sgd": "#A6761D", "adam": "#CC79A7", "SpinQuant": "#CC79A7",
     "cayley": "#8B5E9E", "OSTQuant": "#8B5E9E", "joint": "#009E73", "JointQuant": "#009E73",
-    "range": "#D55E00", "joint, range": "#D55E00",
-    "JointQuant, best": "#D55E00", "output": "#882255", "greedy": "#A6761D", "JointQuant, online": "#F0C808",
+    "range": "#999933", "joint, range": "#999933",
+    "JointQuant, best": "#D55E00", "output": "#882255", "greedy": "#44546A", "JointQuant, online": "#F0C808",
     "Hadamard online": "#1B3A57",
 }  # fmt: skip
 
