@@ -43,6 +43,7 @@ WITHOUT = {
     "one grid per head at o_proj": replace(BEST, o_per_head=False),
     "tuning": replace(BEST, tune=False),
 }
+LONGEST = "refinement", "learning layer by layer"  # left out of all tokens too: are they worth their time?
 QUARTER, FOURFOLD = {"step_tokens": 512}, {"step_tokens": 8192}  # efforts beside the study's own
 ASKED = {name: RECIPES[name] for name in ("rtn", "quarot-best", "jointquant-best", "jointquant-online")}  # and FP
 QUESTIONS = 1000  # of each set, at most: the same for all
@@ -105,6 +106,7 @@ def plan(device: str = "cpu") -> list[Row]:
     add("effort: quarter", best | PEERS, **QUARTER)
     add("halves", best, 4, OFF, **QUARTER)
     add("without", WITHOUT, **QUARTER)
+    add("without", {name: WITHOUT[name] for name in LONGEST}, seed=1)
     add("methods", PLAIN)
     add("methods", {"quarot-learned": PEERS["quarot-learned"]})
     add("effort: fourfold", best, **FOURFOLD)
