@@ -27,4 +27,4 @@ def check_choice(name: str, value: object, allowed) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``: a Literal type, or the names themselves."""
     names = get_args(allowed) or tuple(allowed)
     if value not in names:
-        raise ValueError(f"{name}={value!r} is unknown; there are {', '.join(names)}")
+        raise ValueError(f"{name}={value!r} is unknown; there are {', '.join(map(str, names))}")

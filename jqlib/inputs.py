@@ -83,7 +83,7 @@ def artifact_of(
     s = SimpleNamespace(**{name: getattr(config, name) for name in names})
     settings = {name: _content(config, name) for name in names} | also
     kind = step.__name__.removesuffix("_step")
-    return Artifact(config.folder, kind, settings, code_of(step), partial(make, s), inputs, resumable)
+    return Artifact(config.folder, kind, settings, code_of(step), partial(make, s), inputs, resumable, config.model)
 
 
 def _content(config: Config, name: str):

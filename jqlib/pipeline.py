@@ -17,6 +17,7 @@ from jqlib.calibration import (
     transforms,
     transforms_step,
 )
+from jqlib.choices import check_choice, check_weight_bits
 from jqlib.config import Config
 from jqlib.inputs import (
     LESSONS,
@@ -47,7 +48,7 @@ from jqlib.quant.spare import spare
 from jqlib.recipes import RECIPES, SMOOTHED_BY_CHOICE, Recipe
 from jqlib.store import Artifact, Made
 from jqlib.transform.build import build, done
-from jqlib.transform.grids import OFF
+from jqlib.transform.grids import OFF, check_bits
 from jqlib.transform.hadamard import in_blocks
 from jqlib.transform.install import online_operations
 from jqlib.transform.transform import Grid, unpacked
@@ -64,6 +65,7 @@ def recipe_of(config: Config, name: str | None = None) -> Recipe:
     R1 by ``"output"`` needs steps by the loss: without any (``refine_steps=0``) the solver finds it.
     """
     name = name or config.recipe
+    check_choice("recipe", name, RECIPES)
     recipe = RECIPES[name]
     if recipe.r2 == "mm":
         by_loss = recipe.r1 == "output" and config.refine_steps
@@ -153,7 +155,9 @@ def tuned_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Arti
 
 
 def _parts(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> list[Artifact]:
-    """What `_quantised` puts together."""
+    """What `_quantised` puts together. ValueError for bits that there are not."""
+    check_bits(w_bits=w_bits, a_bits=a_bits, kv_bits=config.kv_bits)
+    check_weight_bits(w_bits)
     parts = [transforms_step(config, recipe)]
     if w_bits < OFF:
         parts.append(weights_step(config, recipe, w_bits, a_bits))

@@ -1,8 +1,11 @@
 """What each method does to a model. Each is a `Recipe`; a new one is a line here, or `dataclasses.replace` of one."""
 
 from dataclasses import dataclass, replace
+from typing import get_args
 
-from jqlib.choices import GptqInputs, Measure, Objective, Weights
+from jqlib.choices import GptqInputs, Measure, Objective, Solver, Weights, check_choice
+
+SITES = "qkv", "o", "ug", "down"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,18 @@ class Recipe:
     tune: bool = False  # end to end, after
 
     def __post_init__(self):
+        named = {"weights": Weights, "gptq_inputs": GptqInputs, "objective": Objective, "measure": Measure}
+        for name, allowed in named.items():
+            check_choice(name, getattr(self, name), [*get_args(allowed), None])
+        check_choice("r1", self.r1, [None, "hadamard", "output", *get_args(Solver)])
+        check_choice("r2", self.r2, [None, "hadamard", *get_args(Solver)])
+        for name in ("online", "smooth"):
+            for site in getattr(self, name):
+                check_choice(name, site, SITES)
+        if self.a_clip is not None and not 0 < self.a_clip <= 1:
+            raise ValueError(
+                f"a_clip={self.a_clip}: expected a share of a token's range, above 0 and at most 1, or None"
+            )
         if self.layerwise and self.weights != "gptq":
             raise ValueError(f"recipe {self.label!r}: layerwise learning begins where GPTQ ends: weights='gptq'")
         kinds = {"R2", "smooth"} | ({"R1", "scale"} if self.r1 else set()) | ({"clip"} if self.a_clip else set())
@@ -46,7 +61,7 @@ class Recipe:
         return {name: value for name, value in own.items() if value}
 
 
-R4, EVERYWHERE = ("down",), ("qkv", "o", "ug", "down")
+R4, EVERYWHERE = ("down",), SITES
 QUAROT = Recipe("QuaRot (Hadamard)", "hadamard", "hadamard", R4, a_clip=0.9)
 QUAROT_BEST = replace(QUAROT, label="QuaRot, best", o_per_head=True, weights="gptq")
 DARTQUANT = Recipe(

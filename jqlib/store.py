@@ -61,6 +61,7 @@ class Artifact:
     make: Callable[..., Made]
     inputs: tuple["Artifact", ...] = ()
     resumable: bool = False
+    model: str | None = None  # whose it is, by name
 
     @cached_property
     def depends(self) -> dict:
@@ -100,7 +101,7 @@ class Artifact:
             state = read(unfinished)
             if state:
                 print(f"resuming from {unfinished.name}")
-            more = {"resume": state and state[0], "keep": lambda tensors: _write(unfinished, self.depends, tensors, {})}
+            more = {"resume": state and state[0], "keep": lambda tensors: _write(unfinished, self, tensors, {})}
         release()
         start, peak = time.perf_counter(), PeakMemory()
         tensors, values = self.make(*inputs, **more)
@@ -112,7 +113,7 @@ class Artifact:
         for _, known in inputs:
             took |= known["took"]
         values = values | cost | {"took": took}
-        _write(self.path, self.depends, tensors, values)
+        _write(self.path, self, tensors, values)
         unfinished.unlink(missing_ok=True)
         return tensors, values | {"reused": False}
 
@@ -148,19 +149,21 @@ def read(path: Path) -> Made | None:
         return None
 
 
-def depends_of(path: Path) -> dict | None:
-    """What an artifact says that it depends on; None if it can't be read."""
+def said_of(path: Path) -> tuple[dict, str | None] | None:
+    """What an artifact says that it depends on, and its model's name; None if it can't be read."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["depends"])
+            about = file.metadata()
+            return json.loads(about["depends"]), json.loads(about.get("model", "null"))
     except UNREADABLE:
         return None
 
 
-def _write(path: Path, depends: dict, tensors: dict[str, Tensor], values: dict) -> None:
+def _write(path: Path, of: Artifact, tensors: dict[str, Tensor], values: dict) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     said = json.dumps(values, default=float)
-    about = {"depends": json.dumps(depends), "values": said, "sha256": _digest(tensors, said)}
+    about = {"depends": json.dumps(of.depends), "model": json.dumps(of.model), "values": said}
+    about["sha256"] = _digest(tensors, said)
     try:
         write(path, lambda to: save_file(tensors, to, metadata=about))
     except SafetensorError as error:

@@ -88,6 +88,31 @@ def test_models(model, file, spoil, message):
     assert str(model) in str(error.value)
 
 
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda p: p.write_text(POINTER), "pytorch_model.bin is a Git LFS pointer"),
+    (lambda p: p.write_bytes(b""), "pytorch_model.bin is empty"),
+    (lambda p: truncate(p, 0.5), "can't be read by transformers"),
+    (lambda p: p.write_bytes(b"<html>404</html>"), "can't be read by transformers"),
+])  # fmt: skip
+def test_weights_of_another_kind(model, spoil, message):
+    torch.save(load_file(model / WEIGHTS), model / "pytorch_model.bin")
+    (model / WEIGHTS).unlink()
+    assert get_model(str(model)).config.hidden_size == 48
+    spoil(model / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=message):
+        get_model(str(model))
+
+
+def test_a_shard_that_is_missing(model):
+    (model / WEIGHTS).unlink()
+    make_tiny_model().save_pretrained(model, max_shard_size="20KB")
+    get_model(str(model))
+    shard = sorted(model.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ValueError, match=rf"has no {shard.name}, which model\.safetensors\.index\.json names\. Is the"):
+        check_inputs(make_config({"model": str(model), "profile": "quick"}))
+
+
 def test_a_file_that_is_not_the_models(model):
     (model / "notes.json").write_text("[1, 2]")
     assert get_model(str(model)).config.hidden_size == 48

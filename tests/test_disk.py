@@ -1,5 +1,9 @@
 """``python -m jqlib clean`` removes what would never be reused, and nothing else."""
 
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -48,9 +52,35 @@ def test_other_code_versions_models_and_damaged_files_go(config, tmp_path, capsy
         artifact.get()
     folder = good.path.parent
     (folder / "r1-mm-0123456789abcdef.json").write_text("{}")  # as earlier versions wrote them
-    (folder / "damaged.safetensors").write_bytes(b"cut off")
+    (folder / "r1-00000000000000aa.safetensors").write_bytes(b"cut off")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    (folder / f".{good.path.name}.{platform.node()}.{process.pid}").touch()  # killed while it wrote
+    strangers = [folder / "thesis.pdf", folder / "model.safetensors", folder / "inside" / good.path.name]
+    strangers += [folder / f".{good.path.name}.{at}" for at in (f"{platform.node()}.{os.getpid()}", "other.7")]
+    for file in strangers:
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
     capsys.readouterr()
     assert main(["info", config.model, "--profile", "quick"]) == 0  # of another folder
     assert main(["clean", str(tmp_path / "out")]) == 0
-    assert "removed 6 files" in capsys.readouterr().out
-    assert list(folder.glob("[!.]*")) == [good.path]
+    assert "removed 7 files" in capsys.readouterr().out
+    assert {*folder.glob("[!.]*")} == {good.path, *strangers[:2], folder / "inside"}
+    assert all(file.exists() for file in strangers)
+
+
+def test_another_model_of_the_same_name_keeps_its_own(config, tmp_path, tiny_model, tiny_tokenizer):
+    """Both write to the same folder, and only one has results of a notebook."""
+    other = tmp_path / "v2" / "model"
+    tiny_model(seed=1).save_pretrained(other)
+    tiny_tokenizer.save_pretrained(other)
+    ones = [activations_step(config), activations_step(replace(config, model=str(other)))]
+    for artifact in ones:
+        artifact.get()
+    store.save_results(config, "02_joint_r1", {})
+    assert main(["clean", str(tmp_path / "out")]) == 0
+    assert ones[0].path != ones[1].path
+    assert all(artifact.path.exists() for artifact in ones)
+    tiny_model(seed=2).save_pretrained(other)
+    assert main(["clean", str(tmp_path / "out")]) == 0
+    assert [artifact.path.exists() for artifact in ones] == [True, False]

@@ -5,14 +5,16 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from gguf import GGUFReader, dequantize
+from safetensors.torch import load_file, save_file
 from test_families import KINDS, random_model
 from transformers import AutoModelForCausalLM
 
-from jqlib import get_model, pipeline
+from jqlib import get_model, load_model, pipeline, save_model
 from jqlib.config import KINDS as KINDS_OF
 from jqlib.config import make_config
 from jqlib.export.card import _command
@@ -298,15 +300,47 @@ def test_an_export_does_not_replace_its_own_source(small, tmp_path):
         export(replace(config, model=str(tmp_path / "to")), "hf", tmp_path / "to", overwrite=True)
 
 
+def test_a_head_of_its_own_is_kept_whatever_the_config_says(small, tmp_path, tokens):
+    """transformers reads a tied model's own head, and says no more of it."""
+    config = small(recipe="rtn", w_bits=16, a_bits=16)
+    folder = Path(config.model)
+    tensors = load_file(folder / "model.safetensors")
+    torch.manual_seed(1)
+    save_file(tensors | {"lm_head.weight": torch.randn_like(tensors["model.embed_tokens.weight"])},
+              folder / "model.safetensors", {"format": "pt"})  # fmt: skip
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    exact = logits_of(get_model(config.model), tokens())
+    for form in ("hf", "jointquant"):
+        export(config, form, tmp_path / form)
+        found = loaded(tmp_path / form, trust_remote_code=True)
+        assert torch.allclose(logits_of(found, tokens()), exact, atol=1e-5 * exact.abs().max())
+    save_model(get_model(config.model), tmp_path / "kept")
+    assert torch.equal(logits_of(load_model(tmp_path / "kept"), tokens()), exact)
+    whole, streamed = (pipeline.evaluate(replace(config, stream=stream, refine_steps=0), None, 16, 16)["ppl"]
+                       for stream in (False, True))  # fmt: skip
+    assert streamed == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_card_that_is_no_yaml(small, tmp_path):
+    config = small(recipe="rtn", a_bits=16)
+    (Path(config.model) / "README.md").write_text("---\nlicense: [\n---\n")
+    card = (export(config, "jointquant", tmp_path / "to") / "README.md").read_text()
+    assert "license: other" in card
+    assert "Weights as codes of 4 bits, activations rounded to 16 bits" in card
+
+
 def test_the_cards_command_says_what_its_profile_does_not(small):
     config = small(recipe="rtn", nsamples=128, refine_steps=20, model="a model/with spaces")
-    words = shlex.split(_command(config, "hf"))
+    words = shlex.split(_command(config, pipeline.recipe_of(config), "hf"))
     given = dict(zip(words[4:-4:2], words[5:-4:2], strict=True))
     assert {"--model": "a model/with spaces", "--profile": "quick", "--nsamples": "128"}.items() <= given.items()
     assert "--refine_steps" not in given
     flags = {name.removeprefix("--"): KINDS_OF[name.removeprefix("--")](value) for name, value in given.items()}
     assert make_config(flags) == config
-    assert "--stream True" in _command(replace(config, stream=True, refine_steps=0), "hf")
+    streamed = replace(config, stream=True, refine_steps=0)
+    assert "--stream True" in _command(streamed, pipeline.recipe_of(streamed), "hf")
+    own = replace(pipeline.recipe_of(config), a_clip=0.8)
+    assert "with a recipe of its own: its settings are in jointquant.json" in _command(config, own, "hf")
 
 
 def test_streamed_weights_are_exported_too(small, tmp_path, tokens):

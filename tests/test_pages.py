@@ -92,7 +92,8 @@ def test_pages_age_with_their_notebooks(run, tmp_path, monkeypatch):
     nbformat.write(notebook, source)
     assert pages.outdated(to) == ["01_one"]
     monkeypatch.setattr(info, "outdated", lambda: pages.outdated(to))
-    assert info._old_pages() == ["figures/pages: not of today's notebooks: 01_one (make workbook pages)"]
+    assert info._old_pages("smollm2-135m") == ["figures/pages: not of today's notebooks: 01_one (make workbook pages)"]
+    assert info._old_pages("another") == []  # they are the embedded model's
     source.rename(source.with_name("02_two.ipynb"))
     assert pages.outdated(to) == ["01_one", "02_two"]
 

@@ -324,3 +324,27 @@ def test_no_model_outlives_an_evaluation(no_collector, config, monkeypatch):
     pipeline.evaluate(config, RECIPES["jointquant-best"], 4, 4)
     assert len(loaded) > 5
     assert not any(model() for model in loaded)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"weights": "GPTQ"}, "weights='GPTQ' is unknown; there are rtn, gptq, None"),
+    ({"gptq_inputs": "quantized"}, "gptq_inputs='quantized' is unknown"), ({"measure": "rms"}, "measure='rms'"),
+    ({"objective": "loss"}, "objective='loss'"), ({"r1": "newton"}, "r1='newton'"), ({"r2": "output"}, "r2='output'"),
+    ({"online": ("mlp",)}, "online='mlp' is unknown; there are qkv, o, ug, down"), ({"smooth": ("v",)}, "smooth='v'"),
+    ({"a_clip": 1.5}, "a_clip=1.5: expected a share"), ({"a_clip": 0.0}, "a_clip=0.0"), ({"a_clip": -0.9}, "-0.9"),
+])  # fmt: skip
+def test_a_recipe_of_ones_own_is_checked(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RECIPES["jointquant"], **wrong)
+
+
+@pytest.mark.parametrize(("bits", "message"), [
+    ((13, 4), "w_bits=13: weights have 2 to 12 bits"), ((0, 4), "w_bits=0"), ((4, 1), "a_bits=1"),
+    ((4, 17), "a_bits=17"),
+])  # fmt: skip
+def test_bits_that_there_are_not(bits, message):
+    config = make_config({"model": "smollm2-135m", "profile": "quick"})
+    with pytest.raises(ValueError, match=message):
+        pipeline.evaluate(config, RECIPES["rtn"], *bits)
+    with pytest.raises(ValueError, match="recipe='nope' is unknown; there are rtn"):
+        pipeline.recipe_of(config, "nope")

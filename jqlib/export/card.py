@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from yaml import YAMLError
 
 from jqlib import pipeline
 from jqlib.config import Config, make_config
@@ -12,6 +13,7 @@ from jqlib.model import embedded
 from jqlib.model.load import folder_of
 from jqlib.recipes import Recipe
 from jqlib.store import git_commit, versions
+from jqlib.transform.grids import OFF
 
 LOADS = {
     "hf": 'AutoModelForCausalLM.from_pretrained(folder)  # transformers\nvllm serve folder',
@@ -24,12 +26,17 @@ LOADS = {
 IS = {
     "hf": "The floating-point model, rotated: rotations, gains and scales are merged into its weights, nothing runs "
           "online, and it computes what the original does. A start for other quantisers.",
-    "compressed-tensors": "Weights as codes of {w_bits} bits with float16 scales, packed by compressed-tensors.",
-    "gguf": "Weights as Q4_0 for llama.cpp, codes and scales exactly ours; embeddings and head in float16.",
-    "jointquant": "All that was measured: weights as codes of {w_bits} bits, activations rounded to {a_bits} bits, the "
-                  "KV cache to {kv_bits}, and what runs online. Rounding of activations is simulated.",
+    "compressed-tensors": "{codes}.",
+    "gguf": "{codes}; embeddings and head in float16.",
+    "jointquant": "All that was measured. {codes}, activations rounded to {a_bits} bits, the KV cache to {kv_bits} "
+                  "(16: not rounded), and what runs online. Rounding of activations is simulated.",
 }  # fmt: skip
-
+CODES = {
+    "hf": "",
+    "compressed-tensors": "Weights as codes of {w_bits} bits with float16 scales, packed by compressed-tensors",
+    "gguf": "Weights as Q4_0 for llama.cpp, codes and scales exactly ours",
+    "jointquant": "Weights as codes of {w_bits} bits",
+}  # fmt: skip
 
 CARD = """---
 library_name: {library}
@@ -72,10 +79,10 @@ def card(config: Config, recipe: Recipe, form: str, rows: dict[str, dict], bits:
     """Markdown, with the metadata that the hub reads. ``rows``: of notebook 05; ``bits``: that a weight takes."""
     return CARD.format(
         library="llama.cpp" if form == "gguf" else "transformers", licence=licence_of(config.model),
-        model=config.model, label=recipe.label, what=IS[form].format(**asdict(config)), loads=LOADS[form], bits=bits,
+        model=config.model, label=recipe.label, what=_is(form, config), loads=LOADS[form], bits=bits,
         rows="\n".join(f"| {name} | {r['ppl']:.3f} | {_span(r)} | {r['kl']:.4f} |" for name, r in rows.items()),
         protocol="\n".join(f"* {name}: {value}" for name, value in pipeline.protocol(config).items()),
-        command=_command(config, form), commit=git_commit(),
+        command=_command(config, recipe, form), commit=git_commit(),
         versions=", ".join(f"{name} {version}" for name, version in versions().items()),
     )  # fmt: skip
 
@@ -85,7 +92,14 @@ def _span(row: dict) -> str:
     return "not known" if None in ends else f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
-def _command(config: Config, form: str) -> str:
+def _is(form: str, config: Config) -> str:
+    codes = CODES[form] if config.w_bits < OFF else "Weights in floating point"
+    return IS[form].format(codes=codes.format(**asdict(config)), **asdict(config))
+
+
+def _command(config: Config, recipe: Recipe, form: str) -> str:
+    if recipe != pipeline.recipe_of(config):
+        return "by jqlib.export.export.export, with a recipe of its own: its settings are in jointquant.json"
     named = {"model": config.model, "profile": config.profile} | ({"stream": True} if config.stream else {})
     usual = asdict(make_config(named))
     flags = named | {name: value for name, value in asdict(config).items() if value != usual[name]}
@@ -101,5 +115,5 @@ def licence_of(model: str) -> str:
         readme = folder_of(model) / "README.md"
         source = ModelCard(readme.read_text(encoding="utf-8")) if readme.is_file() else ModelCard.load(model)
         return source.data.license or "other"
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+    except (OSError, ValueError, YAMLError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
         return "other"

@@ -1,12 +1,18 @@
 """What a run's artifacts take on disk, and which of them no current code or setting would reuse."""
 
-import json
+import platform
+import re
 from pathlib import Path
+
+import psutil
 
 from jqlib import calibration, pipeline
 from jqlib.code import code_of
 from jqlib.model.load import fingerprint
-from jqlib.store import decisive_versions, depends_of
+from jqlib.store import decisive_versions, said_of
+
+NAME = re.compile(r"(unfinished-)?[\w-]+-[0-9a-f]{16}\.(safetensors|json)")  # of ours: other files are let alone
+CUT_OFF = re.compile(rf"\.{NAME.pattern}\.[^.]+.*\.\d+")  # what a killed run was writing
 
 
 def clean(folder: Path) -> str:
@@ -33,30 +39,35 @@ def artifacts(folder: Path) -> tuple[list[Path], list[Path]]:
     kept: list[Path] = []
     stale: list[Path] = []
     for place in sorted(folder.rglob("artifacts")):
-        models = _models(place.parent)
-        for file in sorted(place.glob("[!.]*")):
-            depends = depends_of(file)
-            (kept if depends and _current(depends, models) else stale).append(file)
+        files = [file for file in sorted(place.iterdir()) if file.is_file()]
+        for file in (file for file in files if NAME.fullmatch(file.name)):
+            said = said_of(file)
+            (kept if said and _current(said[0]) and _same_model(*said) else stale).append(file)
+        stale += [file for file in files if CUT_OFF.fullmatch(file.name) and _process_is_gone(file)]
     return kept, stale
 
 
-def _current(depends: dict, models: set[str]) -> bool:
-    """Whether code, versions and model are what they were, its inputs' likewise."""
+def _current(depends: dict) -> bool:
+    """Whether code and versions are what they were, its inputs' likewise."""
     name = f"{depends['kind']}_step"
     step = getattr(calibration, name, None) or getattr(pipeline, name, None)
     same = step is not None and code_of(step) == depends["code"] and depends["versions"] == decisive_versions()
-    model = depends["settings"].get("model")
-    known = not models or model is None or model in models
-    return same and known and all(_current(inner, models) for inner in depends["inputs"])
+    return same and all(_current(inner) for inner in depends["inputs"])
 
 
-def _models(folder: Path) -> set[str]:
-    """What the models of a folder's results are now; empty if that can't be said of one."""
+def _same_model(depends: dict, name: str | None) -> bool:
+    """Whether the model of this name is what it was; true where that can't be said."""
+    content = depends["settings"].get("model")
     try:
-        names = {json.loads(file.read_text())["config"]["model"] for file in folder.glob("results/[0-9]*.json")}
-        return {fingerprint(name) for name in names}
-    except (OSError, ValueError, KeyError):
-        return set()
+        return content is None or name is None or fingerprint(name) == content
+    except (OSError, ValueError):
+        return True
+
+
+def _process_is_gone(file: Path) -> bool:
+    """Of this machine's: the name ends in whose file it is, machine and process."""
+    *_, process = file.name.split(".")
+    return f".{platform.node()}." in file.name and not psutil.pid_exists(int(process))
 
 
 def _size(files: list[Path]) -> str:

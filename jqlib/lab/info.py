@@ -10,6 +10,7 @@ from jqlib.lab.disk import on_disk
 from jqlib.lab.pages import outdated
 from jqlib.learn.lessons import ROWS
 from jqlib.learn.recompute import kept_bytes
+from jqlib.model.embedded import MODEL
 from jqlib.model.families import R1_SITES, family_of, linears_of, rotated_sizes, sites_of
 from jqlib.model.load import without_weights
 from jqlib.precision import products_dtype
@@ -43,7 +44,7 @@ def describe(config: Config) -> str:
         f"{peak_bytes(config) / 1e9:.1f} GB at most: two models, what tuning keeps of one, and the runner; by --stream "
         f"{streamed_bytes(config) / 1e9:.1f} GB: embeddings, heads, one layer",
         "", *_time(config, in_layers, head, dtype),
-        "", on_disk(config.folder), *_old_pages(),
+        "", on_disk(config.folder), *_old_pages(config.model),
     ])  # fmt: skip
 
 
@@ -79,8 +80,8 @@ def streamed_bytes(config: Config) -> int:
     return int(ends + packed + hidden + hessians + matrix + layer) + PYTHON
 
 
-def _old_pages() -> list[str]:
-    old = ", ".join(outdated())
+def _old_pages(model: str) -> list[str]:
+    old = ", ".join(outdated()) if model == MODEL else ""
     return [f"figures/pages: not of today's notebooks: {old} (make workbook pages)"] if old else []
 
 

@@ -99,7 +99,8 @@ def sweep(runs: dict[str, dict], only: str, scheduler: str | None = None, slots:
     skip = ("finished",) if retry else ("finished", "failed")
     ends = {name: state for name, state in before.items() if state.get("state") in skip}
     for name, state in ends.items():
-        _say("skipped", name, "finished before" if state["state"] == "finished" else "failed before: --retry runs it")
+        again = "finished before, with these parameters: to do it again, remove its folder"
+        _say("skipped", name, again if state["state"] == "finished" else "failed before: --retry runs it")
     stopped = False
     if waiting := {name: job for name, job in jobs.items() if name not in ends}:
         with _connect(scheduler, min(slots, len(waiting))) as client:

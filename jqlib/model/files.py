@@ -7,7 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 POINTER = b"version https://git-lfs"
-READ = "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"
+INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+READ = (*INDICES, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 REMEDY = "Is the download whole? Fetch it again"
 
 
@@ -17,7 +18,7 @@ def check_files(folder: Path, content: str) -> None:
     model that is quantised already. ``content``: the folder's fingerprint, for it is read once.
     """
     for path in sorted(folder.iterdir()):
-        if path.suffix not in (".safetensors", ".json"):
+        if path.suffix not in (".safetensors", ".json", ".bin"):
             continue
         if not path.exists():
             raise ValueError(f"{path} is a link to {path.readlink()}, which does not exist")
@@ -29,7 +30,8 @@ def check_files(folder: Path, content: str) -> None:
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository")
         if not start:
             raise ValueError(f"{path} is empty. {REMEDY}")
-        (_check_safetensors if path.suffix == ".safetensors" else _check_json)(path)
+        if path.suffix != ".bin":
+            (_check_safetensors if path.suffix == ".safetensors" else _check_json)(path)
 
 
 def _check_safetensors(path: Path) -> None:
@@ -47,11 +49,14 @@ def _check_json(path: Path) -> None:
         raise ValueError(f"{path} is not JSON ({error}). {REMEDY}") from error
     if path.name in READ and not isinstance(content, dict):
         raise ValueError(f"{path} holds no names and values. {REMEDY}")
-    about = content.get("quantization_config") if path.name == "config.json" else None
-    if path.name == "config.json" and "jointquant" in content:  # an export of ours
-        about = {"quant_method": "jointquant"}
-    if about:
-        method = about.get("quant_method", "a method that it does not name")
-        raise ValueError(
-            f"{path} says that the model is quantised already, by {method}: give its floating-point original"
-        )
+    if path.name in INDICES:
+        shards = sorted({*content.get("weight_map", {}).values()})
+        if lost := [name for name in shards if not (path.parent / name).exists()]:
+            raise ValueError(f"{path.parent} has no {lost[0]}, which {path.name} names. {REMEDY}")
+    if path.name == "config.json":
+        ours = {"quant_method": "jointquant"} if "jointquant" in content else None
+        if about := content.get("quantization_config") or ours:
+            method = about.get("quant_method", "a method that it does not name")
+            raise ValueError(
+                f"{path} says that the model is quantised already, by {method}: give its floating-point original"
+            )

@@ -3,6 +3,7 @@
 import struct
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
@@ -18,7 +19,8 @@ from jqlib.model.gguf_file import check_gguf, check_tensors, check_tokenizer
 from jqlib.model.stream import files_of, open_model
 
 # what transformers may raise where a config or a GGUF file is no good
-UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error, StrictDataclassError)
+UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, RuntimeError, struct.error,
+              UnpicklingError, StrictDataclassError)  # fmt: skip
 FLOAT32_UP_TO = 2e9  # parameters; a larger model is loaded as its checkpoint has it, unless told otherwise
 
 
@@ -51,6 +53,8 @@ def get_model(
     if (gguf := _gguf_of(source)) is not None:
         check_tensors(gguf, model)
     _check_complete(name, found)
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # a file may have a head of its own, whatever its config says
     return split(model).to(device).eval().requires_grad_(False)
 
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from jqlib.model.families import Joined, Place, layers_of, sites_of, split
+from jqlib.model.families import FAMILIES, Family, Joined, Place, layers_of, sites_of, split
 from jqlib.model.refuse import refuse_to_save
 
 Change = Callable[[nn.Linear], None]
@@ -99,6 +99,8 @@ def open_model(
     """The model, in eval mode, and the names of weights that its files lack, have beyond its own, or in another shape
     ("missing_keys", "unexpected_keys", "mismatched_keys"): it can be used if there are none.
     """
+    if config.tie_word_embeddings and _own_head(FAMILIES[config.model_type], files):
+        config.tie_word_embeddings = False
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     model.tie_weights()
@@ -132,6 +134,15 @@ def open_model(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
     return model, found
+
+
+def _own_head(family: Family, files: dict[str, Path]) -> bool:
+    """Whether the files have a head that is not the embedding, whatever their config says."""
+    names = f"{family.embed}.weight", f"{family.head}.weight"
+    if not all(name in files for name in names):
+        return False
+    embed, head = (_parameter(files[name], name, slice(None), torch.float32, "cpu") for name in names)
+    return not torch.equal(embed, head)
 
 
 def _mismatched(model: nn.Module, files: dict[str, Path]) -> set[str]:
