@@ -198,6 +198,8 @@ def test_a_folder_is_its_own_and_not_a_pattern(tmp_path):
     ("nsamples: 1_000", "nsamples: 1_000 is 1000 in YAML"),
     ("r1_lr: 1:30.5", "r1_lr: 1:30.5 is 90.5 in YAML"),
     ("smooth_alpha: 0_0.5", "smooth_alpha: 0_0.5 is 0.5 in YAML"),
+    ("r1_lr: 2e-3", "r1_lr: 2e-3 is text in YAML: write 0.002"),
+    ("r1_lr: -1E5", "r1_lr: -1E5 is text in YAML: write -100000.0"),
     ("model: !here a", "is not YAML: could not determine a constructor"),
     ("model: 2001-99-99", "is not YAML: month must be in"),
     ("? [a]\n: b", "is not YAML: while constructing a mapping"),
@@ -304,8 +306,10 @@ def test_braces_are_no_places_to_fill_in():
 def test_predictions_that_are_not_numbers(tiny_model, tokens):
     model = tiny_model()
     model.lm_head.weight.data[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"predictions on window 0 are not numbers: .* weights are damaged"):
+    with pytest.raises(FloatingPointError, match=r"predictions on window 0 are not numbers: its weights are damaged$"):
         evaluate_windows(model, Windows(tokens(), [0, 1]))
+    with pytest.raises(FloatingPointError, match=r"damaged, or torch\.bfloat16 is too narrow for it \(try float32\)"):
+        evaluate_windows(model.bfloat16(), Windows(tokens(), [0, 1]))
 
 
 def test_text_that_comes_twice_is_counted():

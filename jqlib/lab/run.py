@@ -141,6 +141,10 @@ def read_run_file(path: Path | None) -> dict:
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"run file {path} has {twice[0]} twice: which is meant?")
     for name, value in root.value:
+        if value.tag.endswith(":str") and value.style is None and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value.value):
+            raise ValueError(
+                f"run file {path}: {name.value}: {value.value} is text in YAML: write {float(value.value)}"
+            )
         plain = PLAIN.get(value.tag.rpartition(":")[2])
         if plain and not re.fullmatch(plain, value.value):
             raise ValueError(f"run file {path}: {name.value}: {value.value} is {yaml.safe_load(value.value)} in YAML: "

@@ -109,8 +109,10 @@ def evaluate_windows(
             target = reference and Reference(reference.hidden[i].to(device), head)
             read.append(_read(model.get_output_embeddings(), hidden[i], window.to(device), target))
     if wrong := [i for i, row in enumerate(read) if math.isnan(row[0])]:
-        raise FloatingPointError(f"the model's predictions on window {wrong[0]} are not numbers: {model.dtype} may be "
-                                 "too narrow for it (try float32), or its weights are damaged")  # fmt: skip
+        narrow = "" if model.dtype == torch.float32 else f", or {model.dtype} is too narrow for it (try float32)"
+        raise FloatingPointError(
+            f"the model's predictions on window {wrong[0]} are not numbers: its weights are damaged{narrow}"
+        )
     nll, kl, top1 = (list(values) for values in zip(*read, strict=True))
     return Perplexity(nll, windows.articles, *((kl, top1) if reference else (None, None)))
 
