@@ -152,6 +152,15 @@ def test_a_foreign_file_is_refused(tiny_model, tmp_path):
             load_model(tmp_path / name)
 
 
+def test_folders_are_no_files_and_are_not_made(tiny_model, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere for model: make it first"):
+        save_model(tiny_model(), tmp_path / "nowhere" / "model")
+    with pytest.raises(ValueError, match=r"is a folder: jqlib\.get_model reads a model folder"):
+        load_model(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    assert get_model(tmp_path).config.hidden_size == 48  # a Path will do
+
+
 def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("These are not the weights you are looking for.")
     with pytest.raises(ValueError, match=r"notes.txt is damaged, or no safetensors file"):

@@ -108,7 +108,7 @@ def test_bfloat16_stays(tiny_model, tokens):
     ({"w_bits": True}, "w_bits=True"),
     ({"w_bits": None}, "w_bits=None"),
     ({"w_bits": -4}, "w_bits=-4"),
-    ({"w_groupsize": 0}, "w_groupsize=0: a group holds at least 1 weight"),
+    ({"w_groupsize": 0}, "w_groupsize=0: a group holds at least 1 weight"), ({"w_groupsize": 1.5}, "w_groupsize=1.5"),
     ({"w_groupsize": -1}, "w_groupsize=-1"),
     ({"a_groupsize": 0}, "a_groupsize=0 does not divide the 48 channels of model.layers.0.self_attn.q_proj"),
     ({"a_groupsize": 32}, "a_groupsize=32 does not divide the 48 channels"),

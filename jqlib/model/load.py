@@ -25,7 +25,7 @@ FLOAT32_UP_TO = 2e9  # parameters; a larger model is loaded as its checkpoint ha
 
 
 def get_model(
-    name: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, stream: bool = False
+    name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, *, stream: bool = False
 ):  # fmt: skip
     """A causal language model in eval mode.
 
@@ -36,6 +36,7 @@ def get_model(
     in FAMILIES or weights that are not those of its config, OSError when the hub can't give the model. ``stream``: the
     layers are read from its safetensors files when their turn comes (`jqlib.model.stream`).
     """
+    name = str(name)
     config, dtype = load_config(name), dtype or default_dtype(name)
     if stream:
         model, found = open_model(config, files_of(folder_of(name)), dtype, device)
@@ -71,11 +72,12 @@ def load_config(name: str):
     return config
 
 
-def get_tokenizer(name: str):
+def get_tokenizer(name: str | Path):
     """The tokenizer of ``name`` (see `get_model`).
 
     Its attribute ``default_dataset`` is what `jqlib.model.data` reads if no data set is named.
     """
+    name = str(name)
     source = _source(name)
     path = Path(source["pretrained_model_name_or_path"])
     if path.is_dir() and "gguf_file" not in source and not any(path.glob("tokenizer*")):

@@ -22,8 +22,11 @@ from jqlib.transform.transform import packed, unpacked
 def save_model(model: nn.Module, path: str | Path) -> None:
     """Write a model, whatever was done to it, to a safetensors file that `load_model` reads; not its tokenizer.
 
-    4-bit weights take 4 bits and their scales 16 each; all else keeps its dtype. ValueError if weights are not there.
+    4-bit weights take 4 bits and their scales 16 each; all else keeps its dtype. ValueError if weights are not there,
+    FileNotFoundError if the file's folder is not.
     """
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {Path(path).parent} for {Path(path).name}: make it first")
     rounded = rounded_linears(model)
     transforms, layouts = packed(standing(model))
     weights = unrounded(model)
@@ -55,6 +58,8 @@ def unrounded(model: nn.Module) -> dict[str, Tensor]:
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model that `save_model` wrote, on a device. Raises ValueError for a file that is not one of ours."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: jqlib.get_model reads a model folder, load_model what save_model wrote")
     try:
         opened = safe_open(path, "pt")
     except SafetensorError as error:

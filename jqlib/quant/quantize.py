@@ -100,7 +100,7 @@ def set_grid(model: nn.Module, place: Place, grid: Grid) -> None:
 
 
 def _check_groups(sites: dict[str, Place], w_groupsize: int, a_groupsize: int | None) -> None:
-    if w_groupsize < 1:
+    if not isinstance(w_groupsize, int) or w_groupsize < 1:
         raise ValueError(f"w_groupsize={w_groupsize}: a group holds at least 1 weight (128 is usual)")
     for name, place in sites.items():
         if a_groupsize is not None and (a_groupsize < 1 or place.width % a_groupsize):
