@@ -103,6 +103,14 @@ def test_weights_of_another_kind(model, spoil, message):
         get_model(str(model))
 
 
+def test_weights_that_nobody_reads(model):
+    """Beside safetensors, as many repositories have them and most people leave them out."""
+    (model / "pytorch_model.bin").write_text(POINTER)
+    (model / "training_args.bin").write_bytes(b"")
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1-of-2.bin"}}))
+    assert get_model(str(model)).config.hidden_size == 48
+
+
 def test_a_shard_that_is_missing(model):
     (model / WEIGHTS).unlink()
     make_tiny_model().save_pretrained(model, max_shard_size="20KB")
