@@ -37,10 +37,10 @@ Made = tuple[dict[str, Tensor], dict]  # tensors, and plain values about them
 
 
 def check_place(folder: Path, name: str) -> None:
-    """Make a folder where a run is to write. Raises OSError, with the parameter's ``name``, where none can be had."""
+    """Raises OSError, with the parameter's ``name``, where a run could not write to a folder, or could not make it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
+        TemporaryFile(dir=there).close()
     except OSError as error:
         raise OSError(f"{name}: nothing can be written in {folder} ({error.strerror}). Name another folder") from error
 

@@ -283,7 +283,7 @@ def test_an_export_can_be_overwritten(small, tmp_path):
 
 @pytest.mark.parametrize(("to", "message"), [
     ("/proc/to", r"to: nothing can be written in /proc \(No such file"),
-    ("text.txt/to", r"to: nothing can be written in .*text\.txt \(File exists\). Name another folder"),
+    ("text.txt/to", r"to: nothing can be written in .*text\.txt \(Not a directory\). Name another folder"),
     (".", "is there already"), ("out", "out holds results: name another folder"),
 ])  # fmt: skip
 def test_a_folder_that_cannot_be_had_is_said_before_the_work(small, tmp_path, to, message):

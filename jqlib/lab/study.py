@@ -101,10 +101,10 @@ def plan(device: str = "cpu") -> list[Row]:
     for seed in SEEDS:
         add("methods", DECIDING, seed=seed)
     best = {"jointquant-best": BEST}
-    add("halves", best, OFF, 4)
+    for bits in ((OFF, 4), (4, OFF)):
+        add("halves", best, *bits)
     add("KV4", best, kv_bits=4)
     add("effort: quarter", best | PEERS, **QUARTER)
-    add("halves", best, 4, OFF, **QUARTER)
     add("without", WITHOUT, **QUARTER)
     add("without", {name: WITHOUT[name] for name in LONGEST}, seed=1)
     add("methods", PLAIN)
