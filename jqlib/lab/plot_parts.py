@@ -96,7 +96,7 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
     forest(axis, {y: row for y, row in enumerate(rows) if len(row) > 1}, far=FAR, least=least, band=band,
            beyond=lambda value: f"{value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})")  # fmt: skip
     axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", ylim=(len(rows) - 0.4, -0.6))
-    axis.set_yticks(range(len(rows)), [fill(row[0], 32) for row in rows])
+    axis.set_yticks(range(len(rows)), [fill(row[0], 36) for row in rows])
     for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
         tick.set_fontweight("normal" if len(row) > 1 else "bold")
     axis.yaxis.grid(False)

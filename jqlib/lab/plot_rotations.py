@@ -140,7 +140,7 @@ def site_costs(sites: pd.DataFrame, totals: pd.DataFrame) -> Figure:
     left.set(ylabel="measured KL (thousandths of a nat per token)")
     for name, row in totals.iterrows():
         right.plot(row.predicted, row.measured, "o", ms=8, color=colour_of(name))
-        behind = (totals.predicted > row.predicted).sum() > len(totals) // 2  # the cheapest two have theirs at the left
+        behind = (totals.predicted > row.predicted).sum() >= len(totals) // 2  # the cheaper half has its at the left
         right.annotate(name, (row.predicted, row.measured), (-8, 6) if behind else (8, -10), textcoords="offset points",
                        ha="right" if behind else "left", fontsize=9)  # fmt: skip
     right.set(title="all of them at once", xlabel="predicted (nats per token)", ylabel="measured KL (nats per token)")
@@ -158,8 +158,7 @@ def before_and_after(pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], xlabel:
     figure, axes = plt.subplots(1, len(pairs), figsize=(3.4 * len(pairs), 3.9), squeeze=False)
     for axis, (name, (before, after)) in zip(axes[0], pairs.items(), strict=True):
         top = 105 * max(before.max(), after.max())
-        known = [method for method in COLOURS if method in name]
-        colour = COLOURS[max(known, key=len)] if known else None
+        colour = next((colour for part, colour in COLOURS.items() if part in name), colour_of(name))
         axis.plot(100 * before.ravel(), 100 * after.ravel(), ".", ms=5, alpha=0.7, color=colour)
         axis.plot([0, top], [0, top], color="0.6", lw=1, zorder=0)
         axis.set(title=f"{name}\nlower in {(after < before).mean():.0%}", xlim=(0, top), ylim=(0, top))
