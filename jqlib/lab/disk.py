@@ -2,6 +2,8 @@
 
 import platform
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -38,11 +40,13 @@ def artifacts(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files in ``artifacts`` below a folder: those that can be reused, and the others."""
     kept: list[Path] = []
     stale: list[Path] = []
+    now = cache(_content)  # a model on the hub is asked for once, not for every file
     for place in sorted(folder.rglob("artifacts")):
         files = [file for file in sorted(place.iterdir()) if file.is_file()]
-        for file in (file for file in files if NAME.fullmatch(file.name)):
-            said = said_of(file)
-            (kept if said and _current(said[0]) and _same_model(*said) else stale).append(file)
+        for file in files:
+            if NAME.fullmatch(file.name):
+                said = said_of(file)
+                (kept if said and _current(said[0]) and _same_model(*said, now) else stale).append(file)
         stale += [file for file in files if CUT_OFF.fullmatch(file.name) and _process_is_gone(file)]
     return kept, stale
 
@@ -55,13 +59,18 @@ def _current(depends: dict) -> bool:
     return same and all(_current(inner) for inner in depends["inputs"])
 
 
-def _same_model(depends: dict, name: str | None) -> bool:
+def _same_model(depends: dict, name: str | None, now: Callable[[str], str | None]) -> bool:
     """Whether the model of this name is what it was; true where that can't be said."""
-    content = depends["settings"].get("model")
+    before = depends["settings"].get("model")
+    return before is None or name is None or now(name) in (before, None)
+
+
+def _content(name: str) -> str | None:
+    """What a model of this name is now; None where that can't be said."""
     try:
-        return content is None or name is None or fingerprint(name) == content
+        return fingerprint(name)
     except (OSError, ValueError):
-        return True
+        return None
 
 
 def _process_is_gone(file: Path) -> bool:
