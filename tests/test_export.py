@@ -1,9 +1,6 @@
 """What is exported is what was measured, read back by others; what a form can't say is refused before any work."""
 
 import json
-import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +12,7 @@ from test_families import KINDS, random_model
 from transformers import AutoModelForCausalLM
 
 from jqlib import get_model, load_model, pipeline, save_model
-from jqlib.config import KINDS as KINDS_OF
 from jqlib.config import make_config
-from jqlib.export.card import _command
 from jqlib.export.compressed import group_of
 from jqlib.export.export import export
 from jqlib.model.walk import walk
@@ -261,45 +256,6 @@ def test_sliding_windows_are_not_lost(small, tmp_path):
         export(config, "gguf", tmp_path / "to")
 
 
-def test_a_folder_is_written_whole_or_not_at_all(small, tmp_path, monkeypatch):
-    config = small(recipe="rtn", a_bits=16)
-    monkeypatch.setattr("jqlib.export.export.card", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        export(config, "compressed-tensors", tmp_path / "to")
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "out", "text.txt"}
-    (tmp_path / "to").mkdir()
-    with pytest.raises(FileExistsError, match="is there already: export writes a new folder, or overwrites one of its"):
-        export(config, "compressed-tensors", tmp_path / "to", overwrite=True)  # not an export
-
-
-def test_an_export_can_be_overwritten(small, tmp_path):
-    config = small(recipe="rtn", a_bits=16)
-    export(config, "compressed-tensors", tmp_path / "to")
-    with pytest.raises(FileExistsError):
-        export(config, "hf", tmp_path / "to")
-    export(config, "hf", tmp_path / "to", overwrite=True)
-    assert json.loads((tmp_path / "to" / "jointquant.json").read_text())["format"] == "hf"
-
-
-@pytest.mark.parametrize(("to", "message"), [
-    ("/proc/to", r"to: nothing can be written in /proc \(No such file"),
-    ("text.txt/to", r"to: nothing can be written in .*text\.txt \(Not a directory\). Name another folder"),
-    (".", "is there already"), ("out", "out holds results: name another folder"),
-])  # fmt: skip
-def test_a_folder_that_cannot_be_had_is_said_before_the_work(small, tmp_path, to, message):
-    config = small(recipe="rtn", a_bits=16)
-    with pytest.raises(OSError, match=message):
-        export(config, "hf", tmp_path / to)
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_export_does_not_replace_its_own_source(small, tmp_path):
-    config = small(recipe="rtn", a_bits=16)
-    export(config, "hf", tmp_path / "to")
-    with pytest.raises(FileExistsError, match="to holds the model that is exported: name another folder"):
-        export(replace(config, model=str(tmp_path / "to")), "hf", tmp_path / "to", overwrite=True)
-
-
 def test_a_head_of_its_own_is_kept_whatever_the_config_says(small, tmp_path, tokens):
     """transformers reads a tied model's own head, and says no more of it."""
     config = small(recipe="rtn", w_bits=16, a_bits=16)
@@ -321,49 +277,9 @@ def test_a_head_of_its_own_is_kept_whatever_the_config_says(small, tmp_path, tok
     assert streamed == pytest.approx(whole, rel=1e-5)
 
 
-def test_a_card_that_is_no_yaml(small, tmp_path):
-    config = small(recipe="rtn", a_bits=16)
-    (Path(config.model) / "README.md").write_text("---\nlicense: [\n---\n")
-    card = (export(config, "jointquant", tmp_path / "to") / "README.md").read_text()
-    assert "license: other" in card
-    assert "Weights as codes of 4 bits, activations rounded to 16 bits" in card
-
-
-def test_the_cards_command_says_what_its_profile_does_not(small):
-    config = small(recipe="rtn", nsamples=128, refine_steps=20, model="a model/with spaces")
-    words = shlex.split(_command(config, pipeline.recipe_of(config), "hf"))
-    given = dict(zip(words[4:-4:2], words[5:-4:2], strict=True))
-    assert {"--model": "a model/with spaces", "--profile": "quick", "--nsamples": "128"}.items() <= given.items()
-    assert "--refine_steps" not in given
-    flags = {name.removeprefix("--"): KINDS_OF[name.removeprefix("--")](value) for name, value in given.items()}
-    assert make_config(flags) == config
-    streamed = replace(config, stream=True, refine_steps=0)
-    assert "--stream True" in _command(streamed, pipeline.recipe_of(streamed), "hf")
-    own = replace(pipeline.recipe_of(config), a_clip=0.8)
-    assert "with a recipe of its own: its settings are in jointquant.json" in _command(config, own, "hf")
-
-
 def test_streamed_weights_are_exported_too(small, tmp_path, tokens):
     settings = {"recipe": "deploy", "refine_steps": 0}
     export(small(**settings), "compressed-tensors", tmp_path / "whole")
     export(small(**settings, stream=True), "compressed-tensors", tmp_path / "streamed")
     whole, streamed = (loaded(tmp_path / name, dtype=torch.float32) for name in ("whole", "streamed"))
     assert torch.allclose(logits_of(whole, tokens()), logits_of(streamed, tokens()), atol=1e-4)
-
-
-def test_the_command_and_the_card(small, tmp_path):
-    config = small()
-    flags = [f"--{name}={value}" for name, value in QUICK.items()]
-    command = [sys.executable, "-m", "jqlib", "export", "--model", config.model, "--recipe", "deploy", *flags,
-               "--output_dir", config.output_dir, "--calib_dataset", config.calib_dataset, "--eval_dataset",
-               config.eval_dataset, "--format", "compressed-tensors", "--to", tmp_path / "to"]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    card = (tmp_path / "to" / "README.md").read_text()
-    row = pipeline.evaluate(replace(config, recipe="deploy"), RECIPES["deploy"], 4, 8)
-    assert f"| W4A8 | {row['ppl']:.3f} |" in card
-    assert "--recipe deploy" in card
-    assert "license: " in card
-    assert json.loads((tmp_path / "to" / "jointquant.json").read_text())["bits_per_weight"] == pytest.approx(4.5, 0.2)
-    about = json.loads((tmp_path / "to" / "config.json").read_text())
-    assert about["quantization_config"]["quant_method"] == "compressed-tensors"
-    assert (tmp_path / "to" / "rotations" / "transforms.safetensors").is_file()
