@@ -4,7 +4,8 @@ import pytest
 from safetensors.torch import save_file
 
 from jqlib import quantize_model
-from jqlib.lab.cost import stored_bytes
+from jqlib.lab.cost import bits_per_weight, stored_bytes
+from jqlib.model.families import linears_of
 from jqlib.quant.packed import pack_weights
 
 
@@ -19,3 +20,13 @@ def test_it_is_what_a_file_of_codes_and_halves_takes(tiny_model, tmp_path, bits)
     save_file(packed | others, tmp_path / "file")
     header = int.from_bytes((tmp_path / "file").read_bytes()[:8], "little") + 8
     assert stored_bytes(model) == (tmp_path / "file").stat().st_size - header
+
+
+@pytest.mark.parametrize("groupsize", [16, 24, 1000])  # that divides a row, that doesn't, larger than it
+def test_bits_per_weight_are_those_of_what_is_packed(tiny_model, groupsize):
+    model = tiny_model()
+    weights = sum(linear.weight.numel() for linear in linears_of(model).values())
+    assert bits_per_weight(model, 16, groupsize) == 16
+    expected = bits_per_weight(model, 4, groupsize)
+    quantize_model(model, w_bits=4, a_bits=16, w_groupsize=groupsize)
+    assert expected == 8 * sum(part.nbytes for part in pack_weights(model).values()) / weights

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jqlib.choices import FINEST
-from jqlib.transform.grids import bits_per_weight, quantize_activation, quantize_weight, weight_scales
+from jqlib.transform.grids import quantize_activation, quantize_weight, weight_scales
 
 BITS = st.integers(2, 8)
 SEEDS = st.integers(0, 2**31)
@@ -191,11 +191,6 @@ def test_activations_need_not_be_contiguous(x):
     for groupsize in (None, 16):
         expected = quantize_activation(x.contiguous(), groupsize=groupsize)
         torch.testing.assert_close(quantize_activation(x, groupsize=groupsize), expected)
-
-
-def test_bits_per_weight():
-    assert bits_per_weight(4, 128) == 4.125
-    assert bits_per_weight(16, 128) == 16
 
 
 def test_rounding_and_its_slopes():

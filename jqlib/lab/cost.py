@@ -1,8 +1,10 @@
-"""What a model takes on a disk."""
+"""What a model takes on a disk, and a weight of it."""
 
 from torch import nn
 
+from jqlib.model.families import linears_of
 from jqlib.quant.packed import packed_codes, rounded_linears
+from jqlib.transform.grids import OFF
 
 
 def stored_bytes(model: nn.Module) -> int:
@@ -13,3 +15,14 @@ def stored_bytes(model: nn.Module) -> int:
     stored = sum(packed_codes(linear).nbytes + linear.grid.scale.nbytes for linear in rounded)
     others = sum(p.numel() for p in model.parameters()) - sum(linear.weight.numel() for linear in rounded)
     return stored + 2 * others
+
+
+def bits_per_weight(model: nn.Module, w_bits: int, w_groupsize: int) -> float:
+    """Stored bits per weight of the linears of a ``model`` (the meta device will do), each group's 16-bit scale
+    included: a row's last group may be shorter than the others.
+    """
+    if w_bits == OFF:
+        return float(OFF)
+    shapes = [linear.weight.shape for linear in linears_of(model).values()]
+    scales = sum(rows * -(-columns // w_groupsize) for rows, columns in shapes)
+    return w_bits + 16 * scales / sum(rows * columns for rows, columns in shapes)
