@@ -165,8 +165,3 @@ def check_bits(**bits: int) -> None:
     for name, value in bits.items():
         if not isinstance(value, int) or not 2 <= value <= OFF:
             raise ValueError(f"{name}={value}: bits are whole numbers from 2 to 16, and 16 means not quantised")
-
-
-def bits_per_weight(w_bits: int, w_groupsize: int) -> float:
-    """Stored bits per weight of a quantised linear, its group's 16-bit scale included."""
-    return w_bits + 16 / w_groupsize if w_bits < OFF else float(OFF)
