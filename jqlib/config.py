@@ -20,8 +20,8 @@ from jqlib.choices import (
     Solver,
     Split,
     Weights,
+    check_bits,
     check_choice,
-    check_weight_bits,
 )
 from jqlib.recipes import RECIPES
 
@@ -88,7 +88,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name}={value}: expected a value from {low:g} to {high:g}")
-        check_weight_bits(self.w_bits)
+        check_bits(self.w_bits, self.a_bits, self.kv_bits)
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed)
         if self.stream and self.refine_steps:
@@ -135,8 +135,7 @@ LIMITS = [
     ("nsamples", 1, 1e6), ("seqlen", 2, 1e6), ("max_tokens", 1, 1e9), ("eval_seqlen", 2, 1e6),
     ("eval_windows", 0, 1e9),
     ("r1_lr", 0, 1e9), ("r2_lr", 0, 1e9), ("r1_epochs", 1, 1e6), ("r2_epochs", 1, 1e6), ("smooth_alpha", 0, 1),
-    ("refine_steps", 0, 1e6), ("step_tokens", 1, 1e9), ("w_bits", 2, 16), ("a_bits", 2, 16), ("kv_bits", 2, 16),
-    ("w_groupsize", 1, 1e9), ("seed", 0, 2**31),
+    ("refine_steps", 0, 1e6), ("step_tokens", 1, 1e9), ("w_groupsize", 1, 1e9), ("seed", 0, 2**31),
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from jqlib.calibration import (
     transforms,
     transforms_step,
 )
-from jqlib.choices import check_choice, check_weight_bits
+from jqlib.choices import check_bits, check_choice
 from jqlib.config import Config
 from jqlib.inputs import (
     LESSONS,
@@ -48,7 +48,7 @@ from jqlib.quant.spare import spare
 from jqlib.recipes import RECIPES, SMOOTHED_BY_CHOICE, Recipe
 from jqlib.store import Artifact, Made
 from jqlib.transform.build import build, done
-from jqlib.transform.grids import OFF, check_bits
+from jqlib.transform.grids import OFF
 from jqlib.transform.hadamard import in_blocks
 from jqlib.transform.install import online_operations
 from jqlib.transform.transform import Grid, unpacked
@@ -156,8 +156,7 @@ def tuned_step(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> Arti
 
 def _parts(config: Config, recipe: Recipe, w_bits: int, a_bits: int) -> list[Artifact]:
     """What `_quantised` puts together. ValueError for bits that there are not."""
-    check_bits(w_bits=w_bits, a_bits=a_bits, kv_bits=config.kv_bits)
-    check_weight_bits(w_bits)
+    check_bits(w_bits, a_bits, config.kv_bits)
     parts = [transforms_step(config, recipe)]
     if w_bits < OFF:
         parts.append(weights_step(config, recipe, w_bits, a_bits))

@@ -247,7 +247,7 @@ def test_results_that_were_changed(tmp_path, capsys, old, new, message):
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"seed": "1"}, "seed='1': expected int"), ({"w_bits": 4.0}, "w_bits=4.0: expected int"),
-    ({"w_bits": 1}, "w_bits=1: expected a value from 2 to 16"), ({"a_bits": 17}, "a_bits=17"),
+    ({"w_bits": 1}, "w_bits=1: bits are whole numbers from 2 to 16"), ({"a_bits": 17}, "a_bits=17"),
     ({"smooth_alpha": 1.5}, "smooth_alpha=1.5"), ({"smooth_alpha": float("nan")}, "smooth_alpha=nan"),
     ({"seqlen": 1}, "seqlen=1"), ({"nsamples": 0}, "nsamples=0"), ({"seed": -1}, "seed=-1"),
     ({"r1_lr": float("inf")}, "r1_lr=inf"), ({"use_smooth": "yes"}, "use_smooth='yes': expected bool"),

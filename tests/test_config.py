@@ -50,8 +50,8 @@ def test_presets():
 
 BAD = [
     ({"w_bit": 4}, "unknown parameter 'w_bit'; there are model, profile"),
-    ({"w_bits": 1}, "w_bits=1: expected a value from 2 to 16"),
-    ({"a_bits": 17}, "a_bits=17: expected a value from 2 to 16"),
+    ({"w_bits": 1}, "w_bits=1: bits are whole numbers from 2 to 16, and 16 means not quantised"),
+    ({"a_bits": 17}, "a_bits=17: bits are whole numbers from 2 to 16, and 16 means not quantised"),
     ({"w_bits": 13}, "w_bits=13: weights have 2 to 12 bits, or 16, which leaves them alone"),
     ({"w_bits": "4"}, "w_bits='4': expected int"),
     ({"w_bits": 4.0}, "w_bits=4.0: expected int"),

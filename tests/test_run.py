@@ -60,7 +60,7 @@ def test_a_flag_beats_the_run_file(calls, tmp_path):
 
 
 BAD = [
-    (["--w_bits", "1"], None, "error: w_bits=1: expected a value from 2 to 16"),
+    (["--w_bits", "1"], None, "error: w_bits=1: bits are whole numbers from 2 to 16, and 16 means not quantised"),
     (["--model", "./nowhere"], None, "error: model path ./nowhere does not exist"),
     (
         ["--model", "smollm2-135m", "--only", "07"],

@@ -227,7 +227,7 @@ BAD = [
     (["-p", "use_smooth=maybe"], "-p use_smooth=maybe: expected bool"),
     (["-p", "seed=0", "-p", "seed=1"], "-p seed=1: seed was given before; list all its values once: seed=value,value"),
     (["-p", "seed=0,0"], "-p seed=0,0: a value is listed twice"),
-    (["-p", "w_bits=4,1"], "tiny,w_bits=1: w_bits=1: expected a value from 2 to 16"),
+    (["-p", "w_bits=4,1"], "tiny,w_bits=1: w_bits=1: bits are whole numbers from 2 to 16, and 16 means not quantised"),
     (["-p", "solver=mm,newton"], "tiny,solver=newton: solver='newton' is unknown; there are mm, "),
     (["-p", "eval_windows=2,999"], "tiny,eval_windows=999: the test text of "),
     (["-p", "model=./nowhere"], "tiny,model=nowhere: model path ./nowhere does not exist"),

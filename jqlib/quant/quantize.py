@@ -6,14 +6,14 @@ Matmuls stay in floating point; embeddings and the head are not quantised.
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from jqlib.choices import GptqInputs, Weights, check_choice, check_weight_bits
+from jqlib.choices import GptqInputs, Weights, check_bits, check_choice
 from jqlib.model.families import Place, head_dim_of, sites_of
 from jqlib.model.stream import each_layer
 from jqlib.quant.gptq import quantize_weights_gptq
 from jqlib.quant.kv_cache import quantize_kv_cache
 from jqlib.quant.packed import set_weight
 from jqlib.transform.build import begin, done
-from jqlib.transform.grids import OFF, check_bits, round_to_nearest
+from jqlib.transform.grids import OFF, round_to_nearest
 from jqlib.transform.hadamard import block_order
 from jqlib.transform.install import install
 from jqlib.transform.transform import Grid, Transform
@@ -48,8 +48,7 @@ def quantize_model(
     """
     sites = sites_of(model)
     clips = a_clip if isinstance(a_clip, dict) else dict.fromkeys(sites, a_clip)
-    check_bits(w_bits=w_bits, a_bits=a_bits, kv_bits=kv_bits)
-    check_weight_bits(w_bits)
+    check_bits(w_bits, a_bits, kv_bits)
     check_choice("weights", weights, Weights)
     check_choice("gptq_inputs", gptq_inputs, GptqInputs)
     _check_groups(sites, w_groupsize, a_groupsize)

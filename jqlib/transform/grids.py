@@ -158,10 +158,3 @@ def rounding_errors(x: Tensor, bits: int, clip: float = 1.0, groupsize: int | No
 def rounding_error(x: Tensor, bits: int = 4, clip: float = 1.0, groupsize: int | None = None) -> float:
     """The mean of `rounding_errors` over tokens."""
     return rounding_errors(x, bits, clip, groupsize).mean().item()
-
-
-def check_bits(**bits: int) -> None:
-    """ValueError unless every given number of bits is a whole number from 2 to 16."""
-    for name, value in bits.items():
-        if not isinstance(value, int) or not 2 <= value <= OFF:
-            raise ValueError(f"{name}={value}: bits are whole numbers from 2 to 16, and 16 means not quantised")
