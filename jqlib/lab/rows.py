@@ -10,6 +10,7 @@ from jqlib.transform.grids import OFF
 BASE = ("rtn", "quarot", "quarot-best")  # what all others are set beside: always there
 FEW = (*BASE, "dartquant", "jointquant", "jointquant-best")
 LARGE = 5e8  # parameters: from here on only BASE, the run's recipe and our best, unless others are named
+GAINS_STAY = "hadamard-online"  # the norms' gains are not moved into the weights
 ELSEWHERE = "deploy"  # at other bits: it has a section of its own
 GPTQ_TOO = ("hadamard-online", "dartquant", "jointquant")  # rounded to nearest by default: once more with GPTQ
 
@@ -42,7 +43,7 @@ def plan(config: Config) -> list[Row]:
     full = config.profile == "full" and not config.recipes and not is_large(config.model)
     quick = config.profile == "quick"
     activations = [m for m in FEW if not (quick and m.endswith("best"))]
-    weights = FEW[: 2 if quick else 3]
+    weights = FEW[:2] if quick else (*BASE, GAINS_STAY)
     at = {m: RECIPES[m].a_bits or a for m in every}
     rows: list[Row] = [(config, m, w, at[m]) for m in every]
     rows += [(config, m, OFF, at[m]) for m in every if full or m in (*activations, config.recipe)]
