@@ -72,8 +72,8 @@ def bound(before: Sequence[float], after: Sequence[float], line: float, bits: in
     axis.plot(100 * np.asarray(before), 100 * np.asarray(after), ".", ms=2, alpha=0.3, rasterized=True)
     axis.axhline(100 * line, color="k", ls="--", lw=1, label=f"8 ln n / (12 · {2**bits - 1}²) = {line:.2%}")
     top = 1.05 * 100 * max(*before, *after)
-    axis.plot([0, top], [0, top], color="0.6", lw=1, label="no gain")
-    axis.set(xlabel=f"{bits}-bit error of a token as it is (%)", ylabel="rotated (%)", xlim=(0, top))
+    axis.plot([0, top], [0, top], color="0.6", lw=1, label="as large as before")
+    axis.set(xlabel=f"{bits}-bit error of a token as it is (%)", ylabel="its error, rotated (%)", xlim=(0, top))
     axis.set(ylim=(0, 100 * max(line * 1.5, max(after) * 1.05)))
     axis.legend(loc="upper right")
     return figure

@@ -26,7 +26,7 @@ def outlier_lines(tables: Mapping[str, pd.DataFrame], gaussian: str) -> Figure:
             axis.axhline(3, color="k", ls="--", lw=1)
             axis.text(table.index[-1], 3.2, "a Gaussian's 3", va="bottom", ha="right", fontsize=9)
             axis.set_ylim(2, None)
-        axis.set(title=name, xlabel="layer")
+        axis.set(title=f"{name} (log axis)", xlabel="layer")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4)
     return figure
