@@ -138,17 +138,15 @@ def site_costs(sites: pd.DataFrame, totals: pd.DataFrame) -> Figure:
         left.plot(1e3 * of.predicted, 1e3 * of.measured, "o", ms=5, alpha=0.7, label=kind, color=KINDS[kind])
     left.set(title="one site rounded at a time", xlabel="predicted (thousandths of a nat per token)")
     left.set(ylabel="measured KL (thousandths of a nat per token)")
-    for name, row in totals.iterrows():
-        right.plot(row.predicted, row.measured, "o", ms=8, color=colour_of(name))
-        behind = (totals.predicted > row.predicted).sum() >= len(totals) // 2  # the cheaper half has its at the left
-        right.annotate(name, (row.predicted, row.measured), (-8, 6) if behind else (8, -10), textcoords="offset points",
-                       ha="right" if behind else "left", fontsize=9)  # fmt: skip
+    for name, row in totals.sort_values("measured", ascending=False).iterrows():
+        right.plot(row.predicted, row.measured, "o", ms=8, label=name, color=colour_of(name))
     right.set(title="all of them at once", xlabel="predicted (nats per token)", ylabel="measured KL (nats per token)")
     for axis, table, unit in ((left, sites, 1e3), (right, totals, 1)):
         top = 1.25 * unit * table[["predicted", "measured"]].to_numpy().max()
         axis.plot([0, top], [0, top], color="0.6", lw=1, label="predicted = measured", zorder=0)
         axis.set(xlim=(0, top), ylim=(0, top))
     left.legend()
+    right.legend(loc="lower right")
     return figure
 
 
