@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jqlib import collect_activations, site_targets
-from jqlib.quant.trade import trade, two_errors
+from jqlib.quant.trade import site_errors, trade
 from jqlib.transform.build import transforms_of
 from jqlib.transform.grids import quantize_activation, quantize_weight
 from jqlib.transform.transform import Grid, Hadamard, Transform
@@ -14,11 +14,13 @@ G = torch.Generator().manual_seed(0)
 
 def test_against_plain_matrices():
     x, W, s = torch.randn(20, 32, generator=G), torch.randn(12, 32, generator=G), torch.rand(32, generator=G) + 0.5
-    by_x, by_w = two_errors(x, W, Transform(s, grid=Grid(4)), 4, 16)
+    errors = site_errors(x, W, Transform(s, grid=Grid(4)), 4, 16)
     z, V = x / s, W * s
     whole = (x @ W.T).square().sum()
-    assert by_x == pytest.approx((((quantize_activation(z) - z) @ V.T).square().sum() / whole).item(), rel=1e-4)
-    assert by_w == pytest.approx(((z @ (quantize_weight(V, 4, 16) - V).T).square().sum() / whole).item(), rel=1e-4)
+    off_z, off_v = quantize_activation(z) - z, quantize_weight(V, 4, 16) - V
+    assert errors["activations"] == pytest.approx(((off_z @ V.T).square().sum() / whole).item(), rel=1e-4)
+    assert errors["weights"] == pytest.approx(((z @ off_v.T).square().sum() / whole).item(), rel=1e-4)
+    assert errors["weights themselves"] == pytest.approx((off_v.norm() / V.norm()).item() ** 2, rel=1e-4)
 
 
 def test_behind_a_hadamard_transform_both_go_as_one_product():
@@ -30,12 +32,12 @@ def test_behind_a_hadamard_transform_both_go_as_one_product():
     plain = torch.ones(n)
     whole = (a.square().sum() * b.square().sum()).sqrt() / (a @ b)
     settings = {"none": plain, "best": (a / b).sqrt(), "too much": a / b}
-    errors = {k: two_errors(x, W, Transform(s, Hadamard(n), grid=Grid(4)), 4, n) for k, s in settings.items()}
-    for i in range(2):
+    errors = {k: site_errors(x, W, Transform(s, Hadamard(n), grid=Grid(4)), 4, n) for k, s in settings.items()}
+    for side in ("activations", "weights"):
         for name, s in settings.items():
             product = ((a / s).square().sum() * (b * s).square().sum() / (a.square().sum() * b.square().sum())).item()
-            assert errors[name][i] / errors["none"][i] == pytest.approx(product, rel=0.15)
-        assert errors["best"][i] == min(pair[i] for pair in errors.values())
+            assert errors[name][side] / errors["none"][side] == pytest.approx(product, rel=0.15)
+        assert errors["best"][side] == min(found[side] for found in errors.values())
     assert whole > 1.2  # there was something to gain
 
 
