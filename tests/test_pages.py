@@ -7,7 +7,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from jqlib.config import NOTEBOOKS
 from jqlib.lab import info, pages
+from jqlib.lab.captions import CAPTIONS
 
 GIF = base64.b64encode(b"a film").decode()
 TABLE = """<style type="text/css">#T_1 {color: red}</style>
@@ -26,8 +28,9 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "NOTEBOOKS", sources)
     parameters = new_code_cell("model: str = 'x'", metadata={"tags": ["parameters"]})
     plain = new_code_cell("print(1)")
+    saves = new_code_cell('store.save_figure(config, figure, "01_bound")')
     notebook = new_notebook(
-        cells=[new_markdown_cell("\n# 01 · A title\n\n**Why?**"), parameters, plain],
+        cells=[new_markdown_cell("\n# 01 · A title\n\n**Why?**"), parameters, plain, saves],
         metadata={"language_info": {"name": "python"}},
     )
     nbformat.write(notebook, sources / "01_one.ipynb")
@@ -40,6 +43,9 @@ def run(tmp_path, monkeypatch):
         new_output("display_data", {"image/png": base64.b64encode(b"a picture").decode()}),
         new_output("display_data", {"text/html": f'<img alt="film" src="data:image/gif;base64,{GIF}">'}),
     ]
+    saves.outputs = [new_output("display_data", {"image/png": base64.b64encode(b"coarse").decode()})]
+    (folder / "figures").mkdir()
+    (folder / "figures" / "01_bound.png").write_bytes(b"fine")
     injected = new_code_cell("profile = 'quick'", metadata={"tags": ["injected-parameters"]})
     notebook.cells.insert(2, injected)
     nbformat.write(notebook, folder / "01_one.ipynb")
@@ -75,8 +81,10 @@ def test_a_page_is_what_there_is_to_read(run, tmp_path):
     ):
         assert hidden not in text
     assert {file.name: file.read_bytes() for file in (to / "01_one_files").iterdir()} == {
-        "film_0.gif": b"a film", "figure_1_2.png": b"a picture",
+        "film_0.gif": b"a film", "figure_1_2.png": b"a picture", "01_bound.png": b"fine",
     }  # fmt: skip
+    told = CAPTIONS["01_bound"]
+    assert f"![{told}](01_one_files/01_bound.png)\n\n*{told}*" in text
     for name in ("film_0.gif", "figure_1_2.png"):
         assert f"01_one_files/{name}" in text
     assert "* [01 · A title](01_one.md)" in (to / "README.md").read_text()
@@ -110,3 +118,9 @@ def test_what_can_be_no_page_leaves_the_old_ones(run, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no executed notebook in"):
         pages.pages(tmp_path, to)
     assert (to / "01_one.md").exists()
+
+
+def test_every_figure_has_a_caption_and_every_caption_a_figure():
+    cells = [cell for path in NOTEBOOKS.glob("*.ipynb") for cell in nbformat.read(path, as_version=4).cells]
+    saved = [name for cell in cells if cell.cell_type == "code" for name in pages.SAVED.findall(cell.source)]
+    assert sorted(saved) == sorted(CAPTIONS)

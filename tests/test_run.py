@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import nbformat
 import pytest
 
 from jqlib.__main__ import main
@@ -13,7 +12,6 @@ from jqlib.lab.run import (
     read_run_file,
     select_notebooks,
     with_absolute_paths,
-    write_html,
 )
 from jqlib.model.load import load_config
 from jqlib.store import save_results
@@ -170,13 +168,3 @@ def test_paths_stand_where_the_user_does(tmp_path, monkeypatch):
 
 def test_only_chooses_by_number():
     assert [path.name[:2] for path in select_notebooks("5, 02")] == ["02", "05"]
-
-
-def test_one_page_of_many_notebooks(tmp_path):
-    """Notebooks count their cells from 0 each: merged without a warning."""
-    for name in ("a", "b"):
-        cell = nbformat.v4.new_markdown_cell(f"essay {name}", id="0")
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
-    write_html([tmp_path / "a.ipynb", tmp_path / "b.ipynb"], tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert page.index("essay a") < page.index("essay b")

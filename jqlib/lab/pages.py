@@ -8,14 +8,17 @@ import shutil
 from pathlib import Path
 
 from jqlib.config import NOTEBOOKS, ROOT
+from jqlib.lab.captions import CAPTIONS
+from jqlib.lab.outputs import to_read
 from jqlib.store import write
 
 PAGES = ROOT / "figures" / "pages"
 MOST = 15e6  # bytes of all pages
 FILM = re.compile(r"data:image/gif;base64,([\w+/=]+)")
 MARK = "<!-- of a notebook with SHA-256 {} -->"
+PICTURE = re.compile(r"!\[png\]\(([^)]*)\)")  # as nbconvert writes it
+SAVED = re.compile(r"save_figure\(.*?\"(\d\d_\w+)\"", re.DOTALL)
 NOT_SHOWN = {"parameters", "injected-parameters"}
-PROGRESS = re.compile(r"^(reusing|resuming from) .*\n?", re.MULTILINE)  # what a run says of its artifacts
 
 
 def pages(folder: Path, to: Path = PAGES) -> str:
@@ -33,7 +36,7 @@ def pages(folder: Path, to: Path = PAGES) -> str:
     for path in executed:
         notebook = nbformat.read(path, as_version=4)
         titles[path.stem] = re.search(r"^# (.*)", notebook.cells[0].source, re.MULTILINE)[1]
-        _page(notebook, _record(folder, path.stem), made / f"{path.stem}.md", f"{folder.resolve().parent}/")
+        _page(notebook, folder, made / f"{path.stem}.md")
     lines = [f"* [{title}]({stem}.md)" for stem, title in titles.items()]
     text = "# The workbook, executed\n\n" + "\n".join(lines) + "\n"
     write(made / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
@@ -80,19 +83,21 @@ def _record(folder: Path, stem: str) -> str:
             f"`make pages` from `notebooks/{stem}.ipynb`; [all pages](README.md).*")  # fmt: skip
 
 
-def _page(notebook, record: str, to: Path, where: str) -> None:
-    """``where``: the path of one machine's, left out of the page."""
+def _page(notebook, folder: Path, to: Path) -> None:
+    """The page of a notebook that was executed in the run's ``folder``; that one's path is left out of it."""
     from nbconvert import MarkdownExporter
 
     mark = _mark(notebook)
     notebook.cells = [cell for cell in notebook.cells if not NOT_SHOWN & {*cell.metadata.get("tags", [])}]
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in map(_shown, cell.outputs) if output]
+            cell.outputs = [_plain(output) for output in to_read(cell.outputs)]
+            _take_saved(cell, folder / "figures")
     resources = {"output_files_dir": f"{to.stem}_files", "unique_key": "figure"}
     body, made = MarkdownExporter().from_notebook_node(notebook, resources)
-    body = re.sub(r"^# .*$", lambda title: f"{title[0]}\n\n{record}", _folded(body), count=1, flags=re.MULTILINE)
-    text = f"{mark}\n\n{body}".replace(where, "")
+    record, body = _record(folder, to.stem), PICTURE.sub(_with_caption, _folded(body))
+    body = re.sub(r"^# .*$", lambda title: f"{title[0]}\n\n{record}", body, count=1, flags=re.MULTILINE)
+    text = f"{mark}\n\n{body}".replace(f"{folder.resolve().parent}/", "")
     for i, data in enumerate(FILM.findall(text)):  # a host of Markdown shows no picture that is written into the page
         made["outputs"][name := f"{to.stem}_files/film_{i}.gif"] = base64.b64decode(data)
         text = text.replace(f"data:image/gif;base64,{data}", name)
@@ -101,11 +106,24 @@ def _page(notebook, record: str, to: Path, where: str) -> None:
         write(to.parent / name, lambda path, data=data: path.write_bytes(data))
 
 
-def _shown(output):
-    """An output without progress; a table without its style sheet, which a host of Markdown would show as text."""
-    if output.output_type == "stream":
-        output.text = PROGRESS.sub("", output.text)
-        return output if output.name == "stdout" and output.text.strip() else None
+def _take_saved(cell, figures: Path) -> None:
+    """The figures that a cell saved in the place of those it shows: twice as fine, each with its name."""
+    saved = [figures / f"{name}.png" for name in SAVED.findall(cell.source)]
+    shown = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+    saved = [path for path in saved if path.exists()]
+    for path, output in zip(saved, shown, strict=True) if len(saved) == len(shown) else ():
+        output.data["image/png"] = base64.b64encode(path.read_bytes()).decode()
+        output.metadata["filename"] = path.stem
+
+
+def _with_caption(picture: re.Match) -> str:
+    """A picture of Markdown with what it shows, if it has a name."""
+    told = CAPTIONS.get(Path(picture[1]).stem)
+    return f"![{told}]({picture[1]})\n\n*{told}*" if told else f"![a figure]({picture[1]})"
+
+
+def _plain(output):
+    """A table without its style sheet, which a host of Markdown would show as text; all else as it is."""
     html = output.get("data", {}).get("text/html")
     if html:
         html = re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL)

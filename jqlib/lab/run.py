@@ -37,6 +37,8 @@ def run(parameters: dict, only: str | None = None) -> int:
             code = _execute(path, config.folder, {k: v for k, v in given.items() if k in declared[path]})
         if code:
             return code
+    from jqlib.lab.one_page import write_html
+
     write_html([config.folder / path.name for path in notebooks], config.folder / "report.html")
     print(f"report: {config.folder / 'report.html'}")
     return 0
@@ -150,22 +152,3 @@ def read_run_file(path: Path | None) -> dict:
             raise ValueError(f"run file {path}: {name.value}: {value.value} is {yaml.safe_load(value.value)} in YAML: "
                              "write the number that is meant")  # fmt: skip
     return parameters
-
-
-def write_html(notebooks: list[Path], to: Path) -> None:
-    """All executed notebooks as one self-contained page, code folded away."""
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    from jqlib.store import write
-
-    merged = nbformat.read(notebooks[0], as_version=4)
-    merged.cells = [cell for path in notebooks for cell in nbformat.read(path, as_version=4).cells]
-    for i, cell in enumerate(merged.cells):
-        cell.id = f"cell-{i}"  # each notebook counts from 0
-        if cell.cell_type == "code":  # progress is no result
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
-    merged.metadata["title"] = "JointQuant"
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    body, _ = exporter.from_notebook_node(merged)
-    write(to, lambda path: path.write_text(body, encoding="utf-8"))
