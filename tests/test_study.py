@@ -53,7 +53,7 @@ def test_the_plan_has_every_row_once_and_the_deciding_ones_for_every_seed():
 
 def test_a_row_is_compared_with_one_of_its_seed_that_learned_from_as_many_tokens():
     def like(rows):
-        return {(row.config.step_tokens, row.config.seed) for row in rows}
+        return {(row.config.refine_steps * row.config.step_tokens, row.config.seed) for row in rows}
 
     best = like(row for row in study.plan() if row.method == "jointquant-best")
     assert like(row for row in study.plan() if row.group == "without") <= best

@@ -44,11 +44,13 @@ WITHOUT = {
     "tuning": replace(BEST, tune=False),
 }
 LONGEST = "refinement", "learning layer by layer"  # left out of all tokens too: are they worth their time?
-QUARTER, FOURFOLD = {"step_tokens": 512}, {"step_tokens": 8192}  # efforts beside the study's own
+QUARTER = {"step_tokens": 512}  # of the tokens
+SIXTEENTH = QUARTER | {"refine_steps": READ["refine_steps"] // 4}
 ASKED = {name: RECIPES[name] for name in ("rtn", "quarot-best", "jointquant-best", "jointquant-online")}  # and FP
 QUESTIONS = 1000  # of each set, at most: the same for all
 KINDS = "rows", "questions"  # as the file has them
-SHOWN = ("group", "method", "label", "seed", "text", "w_bits", "a_bits", "kv_bits", "step_tokens", "ppl", "kl", "top1")
+SHOWN = ("group", "method", "label", "seed", "text", "w_bits", "a_bits", "kv_bits", "refine_steps", "step_tokens",
+         "ppl", "kl", "top1")  # fmt: skip
 NAME = ("group", "method", "task", "text", "seed", "w_bits", "a_bits")  # what a row is told by from any other
 
 
@@ -80,7 +82,7 @@ class Row:
         of = self.config, self.recipe, self.w_bits, self.a_bits
         row = row_of(*of, self.task, QUESTIONS) if self.task else pipeline.evaluate(*of)
         about = dict(zip(NAME, self.name, strict=True)) | {"label": self.label}
-        about |= {"step_tokens": self.config.step_tokens, "device": self.config.device}
+        about |= {name: getattr(self.config, name) for name in ("refine_steps", "step_tokens", "device")}
         return about | row | {"key": self.key(), "git_commit": git_commit()}
 
 
@@ -105,11 +107,11 @@ def plan(device: str = "cpu") -> list[Row]:
         add("halves", best, *bits)
     add("KV4", best, kv_bits=4)
     add("effort: quarter", best | PEERS, **QUARTER)
+    add("effort: sixteenth", best, **SIXTEENTH)
     add("without", WITHOUT, **QUARTER)
     add("without", {name: WITHOUT[name] for name in LONGEST}, seed=1)
     add("methods", PLAIN)
     add("methods", {"quarot-learned": PEERS["quarot-learned"]})
-    add("effort: fourfold", best, **FOURFOLD)
     planned, tasks = [], SETS if answers.installed() else ()
     for i, row in enumerate(rows):
         planned.append(row)
