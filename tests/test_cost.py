@@ -1,10 +1,13 @@
 """What a model takes on a disk, beside files."""
 
+import copy
+
 import pytest
+import torch
 from safetensors.torch import save_file
 
-from jqlib import quantize_model
-from jqlib.lab.cost import bits_per_weight, stored_bytes
+from jqlib import fuse_layer_norms, quantize_model
+from jqlib.lab.cost import bits_per_weight, file_bytes, stored_bytes
 from jqlib.model.families import linears_of
 from jqlib.quant.packed import pack_weights
 
@@ -30,3 +33,15 @@ def test_bits_per_weight_are_those_of_what_is_packed(tiny_model, groupsize):
     expected = bits_per_weight(model, 4, groupsize)
     quantize_model(model, w_bits=4, a_bits=16, w_groupsize=groupsize)
     assert expected == 8 * sum(part.nbytes for part in pack_weights(model).values()) / weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bytes_by_shapes_are_those_of_the_model(tiny_model, tied):
+    model = tiny_model()
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    assert file_bytes(model, 16, False) == stored_bytes(model)
+    bits, plain = bits_per_weight(model, 4, 24), copy.deepcopy(model)
+    fuse_layer_norms(model)  # a tied head gets weights of its own
+    quantize_model(model, w_bits=4, a_bits=16, w_groupsize=24)
+    assert file_bytes(plain, bits, True) == pytest.approx(stored_bytes(model), abs=1)

@@ -1,6 +1,7 @@
 """Notebook 05's figures show what they are given."""
 
 import pandas as pd
+from matplotlib.colors import to_rgba
 
 from jqlib.lab import plot_results
 from jqlib.lab.style import colour_of
@@ -23,7 +24,7 @@ def test_a_road_says_every_step_and_what_is_left():
     costs = {"RTN": 4.0, "QuaRot": 1.2, "GPTQ": 0.6, "worse": 0.62, "best": 0.2}
     figure = plot_results.road(costs, "x", luck=0.03, closed="66%", since="GPTQ", beside={"Control": 0.3})
     said = [text.get_text().strip() for text in figure.axes[0].texts]
-    assert said == ["4.00", "1.20", "−2.80", "0.60", "−0.60", "0.62", "+0.02", "0.20", "−0.42", "0.30", "", "66%"]
+    assert said == ["4.00", "1.20", "−2.800", "0.60", "−0.600", "0.62", "+0.020", "0.20", "−0.420", "0.30", "", "66%"]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == [*costs, "Control"]
     assert figure.axes[0].get_xscale() == "linear"
     bars = {round(bar.get_width(), 2): bar.get_alpha() for bar in figure.axes[0].patches if bar.get_alpha()}
@@ -38,3 +39,17 @@ def test_a_road_may_go_below_fp():
 def test_lines_have_their_methods_colours():
     figure = plot_results.over_depth({"first": {"RTN": [0.1, 0.2]}, "others": {"RTN": [0.3, 0.4]}})
     assert [axis.lines[0].get_color() for axis in figure.axes] == [colour_of("RTN")] * 2
+
+
+def test_words_have_the_colour_of_what_they_cost_and_stand_in_lines():
+    words = ["$x$", " a\n", " 中", *["word "] * 60]
+    figure = plot_results.coloured_text(words, {"RTN": [9.0, -2.0, 0.0, *[1.0] * 60]})
+    texts = {text.get_text(): text for text in figure.axes[0].texts}
+    assert {"$x$", " a⏎ ", " □", "RTN"} <= texts.keys()  # letters that the font has not are boxes, formulas are text
+    dearer, cheaper, same = figure.axes[0].patches[:3]
+    assert dearer.get_facecolor() == to_rgba(plot_results.DEARER, 0.85)  # beyond the scale: its end
+    assert cheaper.get_facecolor() == to_rgba(plot_results.CHEAPER, 0.425)
+    assert same.get_alpha() == 0
+    ends = [patch.get_x() + patch.get_width() for patch in figure.axes[0].patches]
+    assert max(ends) <= plot_results.COLUMNS
+    assert len({patch.get_y() for patch in figure.axes[0].patches}) == 4

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jqlib.lab.told import by_frequency, by_position, coloured, continuation, losses
+from jqlib.lab.told import by_frequency, by_position, continuation, losses
 from jqlib.model.evaluate import last_hidden, read_window
 
 
@@ -44,17 +44,6 @@ def test_frequency_is_that_of_the_other_text():
     assert table.loc["100 or more"].tolist() == pytest.approx([2, 2.0, 4 / 11])  # token 1, twice
     assert table.loc["1 to 9"].tolist() == pytest.approx([1, 2.0, 2 / 11])
     assert table.loc["never"].tolist() == pytest.approx([1, 5.0, 5 / 11])
-
-
-def test_coloured_text_is_escaped_and_each_word_has_its_colour():
-    html = coloured(["<b>", " &\n", "c"], {"a < b": [9.0, -4.0, 0.0]})
-    assert "<b>" not in html
-    assert "&lt;b&gt;" in html
-    assert "a &lt; b" in html
-    assert "⏎" in html
-    worse, better, same = (part.split('style="')[1].split('"')[0] for part in html.split("<span ")[1:])
-    assert (worse, better, same) == ("background:rgba(213,94,0,0.85)", "background:rgba(0,114,178,0.85)",
-                                     "background:rgba(0,114,178,0.00)")  # fmt: skip
 
 
 def test_a_continuation_is_the_likeliest_token_each_time(tiny_model, tiny_tokenizer):

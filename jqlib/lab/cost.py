@@ -26,3 +26,13 @@ def bits_per_weight(model: nn.Module, w_bits: int, w_groupsize: int) -> float:
     shapes = [linear.weight.shape for linear in linears_of(model).values()]
     scales = sum(rows * -(-columns // w_groupsize) for rows, columns in shapes)
     return w_bits + 16 * scales / sum(rows * columns for rows, columns in shapes)
+
+
+def file_bytes(model: nn.Module, bits_per_weight: float, own_head: bool) -> float:
+    """What `stored_bytes` will be, by the shapes of a ``model`` (the meta device will do): its linears at so many bits
+    a weight, two bytes for each other number; ``own_head``: a head that was tied to the embedding is so no more."""
+    linear = sum(linear.weight.numel() for linear in linears_of(model).values())
+    others = sum(p.numel() for p in model.parameters()) - linear
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight.numel() if own_head and tied else 0
+    return linear * bits_per_weight / 8 + 2 * (others + head)

@@ -18,7 +18,7 @@ from jqlib.transform.grids import round_to_nearest
 Pair = tuple[Sequence[float], Sequence[float]]  # before and after
 
 PARTS = {"activations": "#CC79A7", "weights": "#56B4E9", "both": "#333333"}
-FAR = 4  # so many times further out than the rest, and a value is written instead of drawn
+FAR = 3  # so many times further out than the rest, and a value is written instead of drawn
 
 
 @styled()
@@ -48,15 +48,18 @@ def over_alpha(panels: Mapping[str, pd.DataFrame], none: Mapping[str, Mapping[st
 @styled()
 def weight_group(groups: Mapping[str, np.ndarray], bits: int) -> Figure:
     """Weights that share a scale, each divided by it: one shared axis in steps of the grid. Those in the grey band
-    become 0."""
+    become 0; dashed, the ends of the grid."""
     figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 3.6), sharey=True, squeeze=False)
     for axis, (name, group) in zip(axes[0], groups.items(), strict=True):
         rounded, scale = round_to_nearest(from_numpy(group)[None], bits, len(group))
         zero, steps = rounded[0].numpy() == 0, group / abs(scale.item())
         axis.axhspan(-0.5, 0.5, color="0.9", lw=0)
+        for end in (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1):
+            axis.axhline(end, color="0.4", ls="--", lw=0.8)
         for lost, colour in ((True, "0.55"), (False, PARTS["weights"])):
             axis.plot(np.flatnonzero(zero == lost), steps[zero == lost], "o", ms=4, color=colour)
-        axis.set(title=f"{name}\n{zero.mean():.0%} of its {len(group)} weights become 0", xlabel="channel of the group")
+        axis.set(title=f"{name}\n{zero.mean():.0%} of its {len(group)} weights become 0")
+        axis.set(xlabel="channel of the group (dashed: ends of the grid)")
         axis.grid(False)
     axes[0, 0].set_ylabel("weight / step of its grid")
     return figure
@@ -93,7 +96,7 @@ def changes(table: pd.DataFrame, reference: str, band: float = 0.0) -> Figure:
         axis.axvspan(-band, band, color="0.88", lw=0, label=f"luck: ±{band:.2g}")
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1))
     least = max(2 * band, table.value.abs().quantile(interpolation="lower"))
-    forest(axis, {y: row for y, row in enumerate(rows) if len(row) > 1}, far=FAR, least=least, band=band,
+    forest(axis, {y: row for y, row in enumerate(rows) if len(row) > 1}, "{:+.3f}", far=FAR, least=least, band=band,
            beyond=lambda value: f"{value:+.2f} (PPL × {math.exp(min(value, 700)):.3g})")  # fmt: skip
     axis.set(xlabel=f"ln(PPL / {reference}'s), nats per token\n← better", ylim=(len(rows) - 0.4, -0.6))
     axis.set_yticks(range(len(rows)), [fill(row[0], 36) for row in rows])

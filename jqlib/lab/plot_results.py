@@ -8,15 +8,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from jqlib.lab.plots import forest
 from jqlib.lab.style import colour_of, styled
 
+COLUMNS = 96  # letters of a line of text
+FULL = 4.0  # nats: from here on a token has the whole colour
+DEARER, CHEAPER = "#D55E00", "#0072B2"
+
 PANELS = {  # column -> what it is
     "gap": "ln(PPL / FP), nats per token",
     "kl": "KL from FP, nats per token",
-    "paired": "ln(PPL / QuaRot, best)",
+    "paired": "ln(PPL / QuaRot, best),\nnats per token",
 }
 
 
@@ -57,9 +63,10 @@ def road(
 ) -> Figure:  # fmt: skip
     """From the first cost to the last: a bar per step, from what was left before it to what is left after it.
 
-    A first cost far beyond the others is broken off. ``luck``: a change of so much either way may be chance: a grey
-    band around what was left before, and paler bars that end within it. ``closed``: what is written at an arrow from
-    the step ``since`` to the last. ``beside``: costs that are no steps of this road, below it.
+    A first cost far beyond the others is broken off; steps after ``since`` have the colour of our best. ``luck``: a
+    change of so much either way may be chance: a grey band around what was left before, and paler bars within it.
+    ``closed``: what is written at an arrow from the step ``since`` to the last. ``beside``: costs that are no steps of
+    this road, below it.
     """
     names, values = list(costs), np.array(list(costs.values()))
     others = dict(beside or {})
@@ -67,7 +74,8 @@ def road(
     figure, axis = plt.subplots(figsize=(7.5, 1.3 + 0.48 * (len(names) + len(others) + bool(closed))))
     _start(axis, values[0], edge)
     for y in range(1, len(values)):
-        _step(axis, y, values, edge, luck)
+        ours = since in names and y > names.index(since)
+        _step(axis, y, values, edge, luck, colour_of("JointQuant, best" if ours else "QuaRot"))
     for y, (name, value) in enumerate(others.items(), len(names)):
         axis.plot([value], [y], "D", color=colour_of(name))
         _beside(axis, value, y, value)
@@ -75,6 +83,9 @@ def road(
         y, start = len(names) + len(others) - 0.1, costs[since]
         axis.annotate("", (values[-1], y), (start, y), arrowprops={"arrowstyle": "->", "lw": 2})
         axis.text(start + 0.03 * edge, y, closed, va="center")
+    if luck:
+        axis.fill_between([], [], color="k", alpha=0.13, lw=0, label=f"luck: ±{luck:g}")
+        axis.legend(loc="lower right")
     axis.axvline(0, color="k", lw=1.5)
     rows = [*names, *others]
     axis.set(xlabel=xlabel, xlim=(min(0, 1.1 * values.min()), edge * 1.12), yticks=range(len(rows)),
@@ -91,16 +102,51 @@ def _start(axis, value: float, edge: float) -> None:
     axis.text(end, 0, f" {value:.2f}", va="center")
 
 
-def _step(axis, y: int, values: Sequence[float], edge: float, luck: float) -> None:
+def _step(axis, y: int, values: Sequence[float], edge: float, luck: float, colour: str) -> None:
     """The y-th bar of the road: what was left before it and what is left, and the band of luck around the former."""
     value, change, was = values[y], values[y] - values[y - 1], min(values[y - 1], edge)
     if was < edge:
         axis.barh(y, 2 * luck, left=was - luck, height=0.98, color="k", alpha=0.13, lw=0)
-    colour, pale = colour_of("QuaRot" if value <= was else "DartQuant"), abs(change) <= luck
-    axis.barh(y, was - value, left=value, height=0.6, color=colour, alpha=0.3 if pale else 0.75)
+    axis.barh(y, was - value, left=value, height=0.6, color=colour, alpha=0.3 if abs(change) <= luck else 0.75)
     axis.plot([value, value], [y - 0.38, y + 0.38], "k", lw=2)
     axis.text(min(value, was), y, f"{value:.2f} ", va="center", ha="right")
-    axis.text(max(was, value) + luck, y, f" {change:+.2f}".replace("-", "−"), va="center", fontsize=9)
+    axis.text(max(was, value) + luck, y, f" {change:+.3f}".replace("-", "−"), va="center", fontsize=9)
+
+
+@styled()
+def coloured_text(words: Sequence[str], extra: Mapping[str, Sequence[float]]) -> Figure:
+    """The same words once per method, each the more orange, the more nats it costs beyond FP, the bluer, the fewer.
+
+    ``extra``: by method, one number per word.
+    """
+    font = get_font(findfont("monospace"))
+    words = ["".join(c if font.get_char_index(ord(c)) else "□" for c in w.replace("\n", "⏎ ")) for w in words]
+    places, line, column = [], 0, 0
+    for word in words:
+        if column + len(word) > COLUMNS:
+            line, column = line + 1, 0
+        places.append((column, line))
+        column += len(word)
+    rows, width, row = (line + 2.6) * len(extra) + 1, 9.0, 0.2  # inches
+    figure = plt.figure(figsize=(width, row * rows), layout="none")
+    axis = figure.add_axes((0, 0, 1, 1), xlim=(-1, COLUMNS + 1), ylim=(rows, 0), frame_on=False, xticks=[], yticks=[])
+    like = {
+        "va": "center",
+        "family": "monospace",
+        "fontsize": 72 * width / ((COLUMNS + 2) * 0.602),
+        "parse_math": False,
+    }
+    for x, sign, colour in ((0, 1, DEARER), (34, -1, CHEAPER)):
+        of = f" {FULL:g} nats {'dearer' if sign > 0 else 'cheaper'} than in FP, or more "
+        axis.text(x, 0.7, of, bbox={"fc": colour, "alpha": 0.85, "ec": "none", "pad": 1}, fontsize=9, va="center")
+    for i, (name, values) in enumerate(extra.items()):
+        top = 2 + i * (line + 2.6)
+        axis.text(0, top, name, fontsize=10, fontweight="bold", va="center")
+        for word, (x, y), nats in zip(words, places, values, strict=True):
+            colour, alpha = DEARER if nats > 0 else CHEAPER, 0.85 * min(abs(nats) / FULL, 1)
+            axis.add_patch(Rectangle((x, top + y + 0.6), len(word), 0.9, color=colour, alpha=alpha, lw=0))
+            axis.text(x, top + y + 1.05, word, **like)
+    return figure
 
 
 @styled()
@@ -126,7 +172,7 @@ def over_depth(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     figure, axes = plt.subplots(1, len(panels), figsize=(8, 3.4), squeeze=False, sharey=True)
     for axis, (title, lines) in zip(axes[0], panels.items(), strict=True):
         for name, values in lines.items():
-            axis.plot(range(1, len(values) + 1), values, label=name, color=colour_of(name))
+            axis.plot(values, label=name, color=colour_of(name))
         axis.set(title=title, xlabel="behind layer", ylim=(0, None))
         axis.yaxis.set_major_formatter(PercentFormatter(1))
     axes[0, 0].set_ylabel("‖h − h of FP‖ / ‖h of FP‖")

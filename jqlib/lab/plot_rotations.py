@@ -14,8 +14,7 @@ from jqlib.lab.plots import forest
 from jqlib.lab.style import KINDS, colour_of, plain_decades, styled
 
 GAUSSIAN = 3  # its kurtosis
-LOSSES = {"whip": colour_of("joint"), "range": colour_of("range"), "kurtosis": "#CC79A7"}
-STEPS = ("#000000", "#E69F00")
+STEPS = {"color": "#000000", "marker": "o"}, {"color": "#707070", "marker": "s"}
 
 
 @styled()
@@ -92,13 +91,13 @@ def one_angle(
     """
     figure, (top, below) = plt.subplots(2, 1, figsize=(7.5, 6.2), sharex=True)
     for name, values in losses.items():
-        top.plot(angles, np.asarray(values) / max(values), label=name, color=LOSSES.get(name))
+        top.plot(angles, np.asarray(values) / max(values), label=name, color=colour_of(name))
     top.set(ylabel="loss / its largest", ylim=(0, 1.05))
-    top.legend(loc="lower left", ncol=len(losses))
+    top.legend(loc="lower left", bbox_to_anchor=(0, 1), ncol=len(losses))
     first = next(iter(losses))
     below.plot(angles, losses[first], color="0.75", lw=4, zorder=0)
-    for (name, path), colour in zip(paths.items(), STEPS, strict=False):
-        below.plot(*path.T, ":o", ms=5, lw=1, label=f"{name}: {len(path) - 1} steps", color=colour)
+    for (name, path), look in zip(paths.items(), STEPS, strict=False):
+        below.plot(*path.T, ls=":", ms=5, lw=1, label=f"{name}: {len(path) - 1} steps", **look)
     below.set(xlabel="angle (degrees)", ylabel=first, ylim=(0, None), xticks=range(0, 181, 45))
     below.legend(loc="best")
     return figure

@@ -95,15 +95,18 @@ def by_layer(columns: Mapping[str, Sequence[float]], ylabel: str) -> Figure:
 
 @styled()
 def bands(curves: Mapping[str, list[list[dict]]], ylabel: str) -> Figure:
-    """Loss against seconds since the call, log axis, of several seeds: a method's median, and a band of all."""
+    """The lowest loss so far against seconds since the call, log axis, of several seeds: a method's median, and a band
+    of all."""
     figure, axis = plt.subplots(figsize=(7.5, 4))
     for name, runs in curves.items():
         ends = [(run[0]["seconds"], run[-1]["seconds"]) for run in runs]
         grid = np.geomspace(max(e[0] for e in ends), min(e[1] for e in ends), 60)  # where all runs are under way
-        lines = [np.interp(grid, [h["seconds"] for h in run], [h["loss"] for h in run]) for run in runs]
+        lowest = [np.minimum.accumulate([h["loss"] for h in run]) for run in runs]
+        lines = [np.interp(grid, [h["seconds"] for h in run], y) for run, y in zip(runs, lowest, strict=True)]
         axis.semilogx(grid, np.median(lines, 0), label=name, color=colour_of(name))
         axis.fill_between(grid, np.min(lines, 0), np.max(lines, 0), alpha=0.25, color=colour_of(name))
     axis.set(xlabel="seconds since the call (log)", ylabel=f"{ylabel} (axis cut)")
+    plain_decades(axis.xaxis)
     figure.legend(loc="outside lower center", ncol=2)
     return figure
 
@@ -134,8 +137,8 @@ def forest(
         hollow = band is not None and (abs(value) <= band or low <= 0 <= high)
         axis.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", capsize=3, color=colour,
                       mfc="white" if hollow else colour)  # fmt: skip
-        box = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
+        box = {"fc": "white", "ec": "none", "pad": 0.5}
         axis.annotate(form.format(value), (np.nanmax([value, high]), y), (7, 0), bbox=box, **near)
-    axis.axvline(0, color="k", ls="--", lw=1)
+    axis.axvline(0, color="k", ls="--", lw=1, zorder=0.9)
     axis.set(xlim=(left, right))
     axis.xaxis.set_major_locator(MaxNLocator(5))

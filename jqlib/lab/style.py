@@ -11,10 +11,10 @@ COLOURS = {  # mostly Okabe and Ito's, by how a method's name begins: of several
     "FP": "#000000", "none": "#7F7F7F", "as it is": "#7F7F7F", "RTN": "#7F7F7F", "SmoothQuant": "#B0B0B0",
     "Hadamard": "#0072B2", "rotated": "#0072B2", "QuaRot": "#0072B2", "Control": "#56B4E9", "DartQuant": "#E69F00",
     "SGD": "#E69F00", "sgd": "#A6761D", "adam": "#CC79A7", "SpinQuant": "#CC79A7",
-    "cayley": "#8B5E9E", "OSTQuant": "#8B5E9E", "joint": "#009E73", "JointQuant": "#009E73",
-    "range": "#999933", "joint, range": "#999933",
+    "cayley": "#8B5E9E", "OSTQuant": "#8B5E9E", "joint": "#009E73", "JointQuant": "#009E73", "whip": "#009E73",
+    "range": "#999933", "joint, range": "#999933", "kurtosis": "#CC79A7", "lp": "#5F9EA0", "quant_error": "#A0522D",
     "JointQuant, best": "#D55E00", "output": "#882255", "greedy": "#44546A", "JointQuant, online": "#F0C808",
-    "Hadamard online": "#1B3A57",
+    "Hadamard online": "#1B3A57", "one grid per token": "#7F7F7F", "one grid per head": "#333333",
 }  # fmt: skip
 
 KINDS = {"qkv": "#0072B2", "o": "#009E73", "ug": "#56B4E9", "down": "#D55E00"}  # of site

@@ -1,7 +1,5 @@
-"""What a model says, and how far it is from the FP model token by token: its text, its losses, and both as HTML."""
+"""What a model says, and how far it is from the FP model token by token."""
 
-from collections.abc import Mapping, Sequence
-from html import escape
 from itertools import pairwise
 
 import pandas as pd
@@ -10,8 +8,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 ROWS = 256  # tokens whose logits are in memory at a time
-FULL = 4.0  # nats: from here on a token has the whole colour
-WORSE, BETTER = (213, 94, 0), (0, 114, 178)  # red, green and blue, as in the figures
 
 
 @torch.inference_mode()
@@ -58,25 +54,3 @@ def by_frequency(extra: Tensor, windows: Tensor, seen: Tensor) -> pd.DataFrame:
     kinds = pd.cut(counts.numpy(), [-1, 0, 9, 99, float("inf")], labels=["never", "1 to 9", "10 to 99", "100 or more"])
     table = pd.DataFrame({"seen": kinds, "extra": extra.flatten().numpy()}).groupby("seen", observed=True).extra
     return pd.DataFrame({"tokens": table.size(), "extra": table.mean(), "share": table.sum() / extra.sum().item()})
-
-
-def coloured(words: Sequence[str], extra: Mapping[str, Sequence[float]]) -> str:
-    """HTML: the same words once per method, each the more orange, the more nats it costs beyond FP (bluer: the fewer).
-
-    ``extra``: by method, one number per word. A word's number shows when the mouse is over it.
-    """
-    key = f'<p style="{_background(FULL)};display:inline;padding:0 .5em">{FULL:g} nats dearer, or more</p> '
-    key += f'<p style="{_background(-FULL)};display:inline;padding:0 .5em">{FULL:g} nats cheaper</p>'
-    parts = [key]
-    for name, values in extra.items():
-        spans = "".join(
-            f'<span title="{value:+.2f} nats" style="{_background(value)}">{escape(word)}</span>'
-            for word, value in zip(words, values, strict=True)
-        ).replace("\n", "⏎ ")
-        parts.append(f"<h4>{escape(name)}</h4><p style='line-height:1.7'>{spans}</p>")
-    return f'<div style="background:white;color:black;max-width:50em;padding:.5em 1em">{"".join(parts)}</div>'
-
-
-def _background(nats: float) -> str:
-    red, green, blue = WORSE if nats > 0 else BETTER
-    return f"background:rgba({red},{green},{blue},{min(abs(nats) / FULL, 1) * 0.85:.2f})"
