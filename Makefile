@@ -42,7 +42,7 @@ fuzz: .venv/made
 mutants: .venv/made
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants/mutants.py $(COUNT)
 
-# figures/study.json: hours; goes on where it stopped. MINUTES=140: begins no row after them
+# figures/study.json: hours; goes on where it stopped. MINUTES=60: begins no row after them
 study: .venv/made
 	$(BIN)/python -c "import lm_eval" 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[lm-eval]"
 	$(BIN)/python -m jqlib study $(if $(MINUTES),--minutes $(MINUTES))

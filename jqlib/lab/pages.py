@@ -18,6 +18,9 @@ FILM = re.compile(r"data:image/gif;base64,([\w+/=]+)")
 MARK = "<!-- of a notebook with SHA-256 {} -->"
 PICTURE = re.compile(r"!\[png\]\(([^)]*)\)")  # as nbconvert writes it
 SAVED = re.compile(r"save_figure\(.*?\"(\d\d_\w+)\"", re.DOTALL)
+CHANGES = (
+    "A page names the commit whose code made its numbers; *with changes*: text, captions and pictures are later ones."
+)
 NOT_SHOWN = {"parameters", "injected-parameters"}
 
 
@@ -38,7 +41,7 @@ def pages(folder: Path, to: Path = PAGES) -> str:
         titles[path.stem] = re.search(r"^# (.*)", notebook.cells[0].source, re.MULTILINE)[1]
         _page(notebook, folder, made / f"{path.stem}.md")
     lines = [f"* [{title}]({stem}.md)" for stem, title in titles.items()]
-    text = "# The workbook, executed\n\n" + "\n".join(lines) + "\n"
+    text = "# The workbook, executed\n\n" + "\n".join(lines) + f"\n\n{CHANGES}\n"
     write(made / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     size = sum(file.stat().st_size for file in made.rglob("*") if file.is_file())
     if size > MOST:

@@ -157,7 +157,8 @@ def efforts(table: pd.DataFrame) -> Figure:
         bars = 100 * np.stack([of.value - of.low, of.high - of.value])
         axis.errorbar(of.tokens, 100 * of.value, bars, marker="os^Dv*"[i % 6], capsize=3, color=colour, label=label)
         for at, value, minutes in zip(of.tokens, of.value, of.minutes, strict=True):
-            axis.annotate(f"{minutes:.0f} min", (at, 100 * value), (6, -12), textcoords="offset points", fontsize=8)
+            side = {"xytext": (-6, 4), "ha": "right"} if i % 2 else {"xytext": (6, -12), "ha": "left"}
+            axis.annotate(f"{minutes:.0f} min", (at, 100 * value), textcoords="offset points", fontsize=8, **side)
     axis.set(xscale="log", xlabel="tokens that each stage learns from", ylabel="share of the gap closed (%)")
     axis.set_xticks(sorted(set(table.tokens)), [f"{tokens:,}" for tokens in sorted(set(table.tokens))])
     axis.minorticks_off()

@@ -85,7 +85,7 @@ def road(
         axis.text(start + 0.03 * edge, y, closed, va="center")
     if luck:
         axis.fill_between([], [], color="k", alpha=0.13, lw=0, label=f"luck: ±{luck:g}")
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1))
     axis.axvline(0, color="k", lw=1.5)
     rows = [*names, *others]
     axis.set(xlabel=xlabel, xlim=(min(0, 1.1 * values.min()), edge * 1.12), yticks=range(len(rows)),

@@ -21,6 +21,7 @@ MINUTES = 60_000  # Playwright counts in milliseconds
 NAMES = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
 SHOTS = ROOT / ".screenshots"
 TOKEN = "workbook"
+TALL = 15_000  # pixels: Chromium draws no window of more than 16,384
 
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="there is no chromium here (Debian: apt-get install chromium)"),
@@ -126,13 +127,14 @@ def pictures(cell) -> list:
 
 
 def shoot(page, name):
-    """The whole notebook in one screenshot: in a very tall window every cell is drawn."""
-    size = page.viewport_size
-    page.set_viewport_size(size | {"height": 16000})
-    page.locator(".jp-WindowedPanel-outer").evaluate("panel => panel.scrollTo(0, 0)")
-    page.wait_for_timeout(3000)
-    bottom = page.locator(".jp-Notebook .jp-Cell").last.evaluate("cell => cell.getBoundingClientRect().bottom")
-    page.screenshot(path=SHOTS / f"{name}.png", clip=size | {"x": 0, "y": 0, "height": bottom + 40})
+    """The whole notebook in one screenshot or two: in a very tall window every cell is drawn."""
+    size, panel = page.viewport_size, page.locator(".jp-WindowedPanel-outer")
+    page.set_viewport_size(size | {"height": TALL})
+    page.wait_for_timeout(1000)
+    for part in range(-(-panel.evaluate("panel => panel.scrollHeight") // TALL)):
+        panel.evaluate(f"panel => panel.scrollTo(0, {part * TALL})")
+        page.wait_for_timeout(3000)
+        page.screenshot(path=SHOTS / f"{name}{'_continued' * part}.png")
     cut = "all => all.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerHTML.slice(0, 200))"
     assert page.locator(".jp-OutputArea-output:has(img)").evaluate_all(cut) == []
     page.set_viewport_size(size)
