@@ -26,22 +26,24 @@ def test_it_is_what_a_file_of_codes_and_halves_takes(tiny_model, tmp_path, bits)
 
 
 @pytest.mark.parametrize("groupsize", [16, 24, 1000])  # that divides a row, that doesn't, larger than it
-def test_bits_per_weight_are_those_of_what_is_packed(tiny_model, groupsize):
+@pytest.mark.parametrize("bits", [3, 4, 8, 12])
+def test_bits_per_weight_are_those_of_what_is_packed(tiny_model, groupsize, bits):
     model = tiny_model()
     weights = sum(linear.weight.numel() for linear in linears_of(model).values())
     assert bits_per_weight(model, 16, groupsize) == 16
-    expected = bits_per_weight(model, 4, groupsize)
-    quantize_model(model, w_bits=4, a_bits=16, w_groupsize=groupsize)
+    expected = bits_per_weight(model, bits, groupsize)
+    quantize_model(model, w_bits=bits, a_bits=16, w_groupsize=groupsize)
     assert expected == 8 * sum(part.nbytes for part in pack_weights(model).values()) / weights
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_bytes_by_shapes_are_those_of_the_model(tiny_model, tied):
+@pytest.mark.parametrize("w_bits", [2, 4, 8])
+def test_bytes_by_shapes_are_those_of_the_model(tiny_model, tied, w_bits):
     model = tiny_model()
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     assert file_bytes(model, 16, False) == stored_bytes(model)
-    bits, plain = bits_per_weight(model, 4, 24), copy.deepcopy(model)
+    bits, plain = bits_per_weight(model, w_bits, 24), copy.deepcopy(model)
     fuse_layer_norms(model)  # a tied head gets weights of its own
-    quantize_model(model, w_bits=4, a_bits=16, w_groupsize=24)
+    quantize_model(model, w_bits=w_bits, a_bits=16, w_groupsize=24)
     assert file_bytes(plain, bits, True) == pytest.approx(stored_bytes(model), abs=1)

@@ -18,14 +18,15 @@ def stored_bytes(model: nn.Module) -> int:
 
 
 def bits_per_weight(model: nn.Module, w_bits: int, w_groupsize: int) -> float:
-    """Stored bits per weight of the linears of a ``model`` (the meta device will do), each group's 16-bit scale
-    included: a row's last group may be shorter than the others.
+    """Stored bits per weight of the linears of a ``model`` (the meta device will do): of codes as `pack` has them (2 to
+    4 bits in 4, up to 8 in 8, 9 to 12 in 16) and of each group's 16-bit scale; a row's last group may be shorter.
     """
     if w_bits == OFF:
         return float(OFF)
     shapes = [linear.weight.shape for linear in linears_of(model).values()]
     scales = sum(rows * -(-columns // w_groupsize) for rows, columns in shapes)
-    return w_bits + 16 * scales / sum(rows * columns for rows, columns in shapes)
+    held = next(size for size in (4, 8, 16) if w_bits <= size)
+    return held + 16 * scales / sum(rows * columns for rows, columns in shapes)
 
 
 def file_bytes(model: nn.Module, bits_per_weight: float, own_head: bool) -> float:
