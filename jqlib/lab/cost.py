@@ -1,9 +1,10 @@
 """What a model takes on a disk, and a weight of it."""
 
+import torch
 from torch import nn
 
 from jqlib.model.families import linears_of
-from jqlib.quant.packed import packed_codes, rounded_linears
+from jqlib.quant.packed import pack, packed_codes, rounded_linears
 from jqlib.transform.grids import OFF
 
 
@@ -25,7 +26,7 @@ def bits_per_weight(model: nn.Module, w_bits: int, w_groupsize: int) -> float:
         return float(OFF)
     shapes = [linear.weight.shape for linear in linears_of(model).values()]
     scales = sum(rows * -(-columns // w_groupsize) for rows, columns in shapes)
-    held = next(size for size in (4, 8, 16) if w_bits <= size)
+    held = 8 * pack(torch.zeros(1, 2), w_bits).nbytes / 2  # two codes
     return held + 16 * scales / sum(rows * columns for rows, columns in shapes)
 
 
